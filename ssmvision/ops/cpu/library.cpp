@@ -1,0 +1,163 @@
+// Registers the native kernels with torch through its stable C ABI: built once, loads in every later torch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "selective_scan.h"
+
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+namespace ssmvision {
+namespace {
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("SSMVISION_ISA");
+  const std::string name = wanted ? wanted : "";
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+  if (avx512 && (name.empty() || name == "avx512")) return kernels_avx512;
+  if (avx2 && (name.empty() || name == "avx2" || name == "avx512")) return kernels_avx2;
+#endif
+  return kernels_generic;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+float* floats(const Optional& t) { return t ? floats(*t) : nullptr; }
+
+// (b, k, c, l) of any strides; a route dimension of size 1 is shared by all routes.
+View view(const Tensor& t) {
+  View v;
+  v.data = floats(t);
+  v.b = t.stride(0);
+  v.k = t.size(1) == 1 ? 0 : t.stride(1);
+  v.c = t.stride(2);
+  v.l = t.stride(3);
+  return v;
+}
+
+// (b, k, g, n, l)
+GroupedView grouped(const Tensor& t) {
+  GroupedView v;
+  v.data = floats(t);
+  v.b = t.stride(0);
+  v.k = t.size(1) == 1 ? 0 : t.stride(1);
+  v.c = t.stride(2);
+  v.n = t.stride(3);
+  v.l = t.stride(4);
+  v.groups = t.size(2);
+  return v;
+}
+
+void describe(Scan& s, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+              const Optional& D, const Optional& bias, const Optional& projection, const Optional& reset,
+              const Optional& order, bool softplus, bool merge, const Tensor& checkpoints, int64_t slices) {
+  s.batch = u.size(0);
+  s.routes = A.size(0);
+  s.channels = A.size(1);
+  s.states = A.size(2);
+  s.tokens = u.size(3);
+  s.steps = order ? order->size(1) : s.tokens;
+  s.rank = projection ? projection->size(2) : 0;
+  s.softplus = softplus;
+  s.merge = merge;
+  s.shared_u = u.size(1) == 1;
+  s.u = view(u);
+  s.delta = view(delta);
+  s.B = grouped(B);
+  s.C = grouped(C);
+  s.A = floats(A);
+  s.D = floats(D);
+  s.bias = floats(bias);
+  s.projection = floats(projection);
+  s.reset = reset ? static_cast<const uint8_t*>(reset->data_ptr()) : nullptr;
+  s.reset_b = reset ? reset->stride(0) : 0;
+  s.reset_k = reset && reset->size(1) > 1 ? reset->stride(1) : 0;
+  s.order = order ? static_cast<const int64_t*>(order->data_ptr()) : nullptr;
+  s.checkpoints = floats(checkpoints);
+  s.slices = slices;
+}
+
+// Calls task(ib, slice, d0, d1) for every sample and channel slice; slices start at multiples of 16 channels.
+template <class Task>
+void for_each_task(const Scan& s, const Task& task) {
+  const int64_t blocks = (s.channels + 15) / 16;
+  torch::stable::parallel_for(0, s.batch * s.slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t ib = i / s.slices, slice = i % s.slices;
+      const int64_t d0 = std::min(s.channels, slice * blocks / s.slices * 16);
+      const int64_t d1 = std::min(s.channels, (slice + 1) * blocks / s.slices * 16);
+      if (d0 < d1) task(ib, slice, d0, d1);
+    }
+  });
+}
+
+void forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional bias, Optional projection,
+             Optional initial, Optional reset, Optional order, bool softplus, bool merge, int64_t slices, Tensor y,
+             Tensor last, Tensor checkpoints) {
+  Scan s;
+  describe(s, u, delta, A, B, C, D, bias, projection, reset, order, softplus, merge, checkpoints, slices);
+  s.y = view(y);
+  s.initial = floats(initial);
+  s.last = floats(last);
+  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { kernels().forward(s, ib, d0, d1); });
+}
+
+void backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D,
+              Optional bias, Optional reset, Optional order, bool softplus, bool merge, int64_t slices,
+              Tensor checkpoints, Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Optional dD,
+              Optional dbias, Tensor dinitial) {
+  ScanGrad s;
+  describe(s, u, delta, A, B, C, D, bias, std::nullopt, reset, order, softplus, merge, checkpoints, slices);
+  s.dy = view(dy);
+  s.du = view(du);
+  s.ddelta = view(ddelta);
+  s.dlast = floats(dlast);
+  s.dA = floats(dA);
+  s.dB = floats(dB);
+  s.dC = floats(dC);
+  s.dD = floats(dD);
+  s.dbias = floats(dbias);
+  s.dinitial = floats(dinitial);
+  for_each_task(s, [&](int64_t ib, int64_t slice, int64_t d0, int64_t d1) { kernels().backward(s, ib, slice, d0, d1); });
+}
+
+int64_t lanes() { return std::string(kernels().name) == "avx512" ? 16 : std::string(kernels().name) == "avx2" ? 8 : 4; }
+
+}  // namespace
+}  // namespace ssmvision
+
+STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? bias, "
+      "Tensor? projection, Tensor? initial, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
+      "Tensor(a!) y, Tensor(b!) last, Tensor(c!) checkpoints) -> ()");
+  m.def(
+      "selective_scan_backward(Tensor dy, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? bias, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
+      "Tensor checkpoints, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, "
+      "Tensor(f!)? dD, Tensor(g!)? dbias, Tensor(h!) dinitial) -> ()");
+  m.def("lanes() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX(&ssmvision::forward));
+  m.impl("selective_scan_backward", TORCH_BOX(&ssmvision::backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CompositeExplicitAutograd, m) {
+  m.impl("lanes", TORCH_BOX(&ssmvision::lanes));
+}

@@ -1,0 +1,301 @@
+"""`selective_scan`, the S6 operator: its public function and its registration with torch.
+
+Three layers, each thin: the public function (any of the papers' shapes) → `ssmvision::selective_scan`, a composite op
+that brings them to one canonical form → `ssmvision::selective_scan_forward` / `_backward`, which call a backend.
+
+Letters: b batch, k route, d channel, n state, g group of channels, l token, t step along a route, r rank of delta.
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from . import _backend, cpu, reference
+
+CHUNK = 64  # steps between two saved states; must equal CHUNK in cpu/selective_scan.h
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,
+    z: Optional[Tensor] = None,
+    delta_bias: Optional[Tensor] = None,
+    delta_softplus: bool = False,
+    dt_proj: Optional[Tensor] = None,
+    initial_state: Optional[Tensor] = None,
+    reset: Optional[Tensor] = None,
+    routes: Optional[Tensor] = None,
+    merge: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Selective scan (S6; Mamba, arXiv:2312.00752, algorithm 2) along one or several routes over the tokens.
+
+        delta_t = softplus(delta_t + delta_bias);  h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = C_t h_t + D u_t
+
+    and y * silu(z) if z is given. The step is zero-order hold for A and Euler for B, as in the published kernels.
+
+    With `A` of shape (d, n) there is one scan over the tokens in order. With `A` of shape (k, d, n) there are k scans
+    with parameters of their own, each along its row of `routes`; every tensor stays in token order, and the outputs are
+    summed. A route costs index arithmetic, never a permuted copy. Memory layout is free: channels-last tensors come in
+    as transposed views and are the fastest.
+
+    Args:
+        u: Tokens (b, d, l); with routes also (b, k, d, l).
+        delta: Step sizes, (b, d, l) or (b, k, d, l); with `dt_proj` low-rank, (b, r, l) or (b, k, r, l).
+        A: State matrix, real, (d, n) or (k, d, n); negative for a stable recurrence.
+        B: Input matrix: per channel (d, n), shared (b, n, l), grouped (b, g, n, l); with routes (k, d, n), (b, k, n, l),
+            (b, k, g, n, l).
+        C: Output matrix, shapes as `B`; the number of groups may differ.
+        D: Skip connection, (d,) or (k, d).
+        z: Gate, (b, d, l), applied after the routes are merged.
+        delta_bias: (d,) or (k, d).
+        delta_softplus: Apply softplus to delta + delta_bias.
+        dt_proj: Projects a low-rank delta inside the kernel, (d, r) or (k, d, r); then delta is never materialised.
+        initial_state: (b, d, n) or (b, k, d, n); zero if None.
+        reset: Boolean, (b, l) or (b, k, l): where True, the state is zeroed just before that token is read (start of a
+            packed sequence or of an episode).
+        routes: int64 (k, t), t <= l: row k lists the tokens in the order in which scan k visits them, each at most
+            once. See `ssmvision.ops.routes`. None scans 0, 1, 2, ...
+        merge: Sum the routes: y is (b, d, l). Otherwise (b, k, d, l), and z is not allowed.
+        backend: "auto", "cpu", "triton" or "reference"; see `ssmvision.ops.backend_info`.
+
+    Returns:
+        y, in u's dtype; and the state after the last step, (b, d, n) or (b, k, d, n), in float32 (float64 if u is).
+        The recurrence runs in float32 whatever the input, also under autocast.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
+        ValueError: A backend that does not exist or cannot run these tensors.
+    """
+    return torch.ops.ssmvision.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge, backend
+    )
+
+
+def _composite(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor] = None, z: Optional[Tensor] = None,
+    delta_bias: Optional[Tensor] = None, delta_softplus: bool = False, dt_proj: Optional[Tensor] = None,
+    initial_state: Optional[Tensor] = None, reset: Optional[Tensor] = None, routes: Optional[Tensor] = None,
+    merge: bool = True, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Canonical shapes and float32 in, the caller's shapes and dtype out."""
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    routed = A.dim() == 3
+    if not routed:
+        # One scan is k = 1: every parameter gets its route dimension.
+        delta, A = delta.unsqueeze(1), A.unsqueeze(0)
+        B, C = (x.unsqueeze(0) if x.dim() == 2 else x.unsqueeze(1) for x in (B, C))
+        D, delta_bias, dt_proj = (None if x is None else x.unsqueeze(0) for x in (D, delta_bias, dt_proj))
+        initial_state = None if initial_state is None else initial_state.unsqueeze(1)
+    x = u if u.dim() == 4 else u.unsqueeze(1)
+    B, C = (_grouped(m, x) for m in (B, C))
+    if reset is not None and reset.dim() == 2:
+        reset = reset.unsqueeze(1)
+    _check(x, delta, A, B, C, D, z, delta_bias, dt_proj, initial_state, reset, routes, merge)
+    y, last, _ = torch.ops.ssmvision.selective_scan_forward(
+        x.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), *(
+            None if p is None else p.to(dtype) for p in (D, delta_bias, dt_proj, initial_state)
+        ), reset, routes, delta_softplus, merge, backend,
+    )  # fmt: skip
+    if merge or not routed:
+        y = y.squeeze(1)
+    if z is not None:
+        y = y * torch.nn.functional.silu(z.to(dtype))
+    return y.to(u.dtype), last if routed else last.squeeze(1)
+
+
+def _grouped(m: Tensor, u: Tensor) -> Tensor:
+    """B or C as (b, k, g, n, l)."""
+    if m.dim() == 3:  # (k, d, n): the same at every token, one group per channel
+        return m[None, ..., None].expand(u.shape[0], -1, -1, -1, u.shape[-1])
+    return m.unsqueeze(2) if m.dim() == 4 else m
+
+
+def _check(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], z: Optional[Tensor],
+    delta_bias: Optional[Tensor], dt_proj: Optional[Tensor], initial_state: Optional[Tensor], reset: Optional[Tensor],
+    routes: Optional[Tensor], merge: bool,
+) -> None:  # fmt: skip
+    b, ku, d, length = u.shape
+    k, _, n = A.shape
+    _expect("u", u, (b, 1 if ku == 1 else k, A.shape[1], length))
+    rank = d if dt_proj is None else dt_proj.shape[-1]
+    _expect("delta", delta, (b, k, rank, length))
+    for name, m in (("B", B), ("C", C)):
+        _expect(name, m, (b, k, m.shape[2] if m.dim() == 5 else 1, n, length))
+        torch._check(d % m.shape[2] == 0, lambda: f"selective_scan: the groups of {name} do not divide {d} channels")
+    for name, p, shape in (
+        ("D", D, (k, d)), ("delta_bias", delta_bias, (k, d)), ("dt_proj", dt_proj, (k, d, rank)),
+        ("initial_state", initial_state, (b, k, d, n)), ("z", z, (b, d, length)),
+    ):  # fmt: skip
+        if p is not None:
+            _expect(name, p, shape)
+    if reset is not None:
+        _expect("reset", reset, (b, 1 if reset.shape[1] == 1 else k, length))
+        torch._check(reset.dtype == torch.bool, lambda: f"selective_scan: reset must be bool, not {reset.dtype}")
+    if routes is not None:
+        _expect("routes", routes, (k, routes.shape[-1]))
+        torch._check(routes.dtype == torch.int64, lambda: f"selective_scan: routes must be int64, not {routes.dtype}")
+    torch._check(merge or z is None, lambda: "selective_scan: a gate z needs merge=True")
+
+
+def _expect(name: str, x: Tensor, shape: tuple[Any, ...]) -> None:
+    fits = x.dim() == len(shape) and all(have == want for have, want in zip(x.shape, shape, strict=True))
+    if not fits:
+        raise RuntimeError(f"selective_scan: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def _allocate(u: Tensor, A: Tensor, routes: Optional[Tensor], merge: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialized y, last state and checkpoints. Kernels, reference and fake tensors share these layouts."""
+    (b, _, d, length), (k, _, n) = u.shape, A.shape
+    steps = length if routes is None else routes.shape[1]
+    y = _empty_like_layout(u, (b, 1 if merge else k, d, length))
+    last = u.new_empty(b, k, n, d).transpose(-1, -2)
+    return y, last, u.new_empty(b, k, (steps + CHUNK - 1) // CHUNK, n, d)
+
+
+def _empty_like_layout(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """An uninitialized (b, k, d, l) tensor that keeps `x`'s habit: channels-last if x's channels are adjacent."""
+    b, k, d, length = shape
+    if x.stride(2) == 1:
+        return x.new_empty(b, k, length, d).transpose(-1, -2)
+    return x.new_empty(b, k, d, length)
+
+
+def _forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], delta_bias: Optional[Tensor],
+    dt_proj: Optional[Tensor], initial_state: Optional[Tensor], reset: Optional[Tensor], routes: Optional[Tensor],
+    delta_softplus: bool, merge: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y, last, checkpoints = _allocate(u, A, routes, merge)
+    args = (u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes, delta_softplus, merge)
+    if _backend.resolve(backend, u.device, u.dtype) == "cpu":
+        if routes is not None and routes.shape[1] != u.shape[-1]:
+            y.zero_()
+        cpu.selective_scan(*args, out=(y, last, checkpoints))
+    else:
+        with torch.autocast(u.device.type, enabled=False):
+            y_ref, last_ref, before = reference.selective_scan(*args)
+        y.copy_(y_ref)
+        last.copy_(last_ref)
+        checkpoints.copy_(before[::CHUNK].permute(1, 2, 0, 4, 3))
+    return y, last, checkpoints
+
+
+def _forward_fake(u: Tensor, delta: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    routes, merge = args[7], args[9]
+    return _allocate(u, A, routes, merge)
+
+
+def _allocate_grads(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], delta_bias: Optional[Tensor],
+    dt_proj: Optional[Tensor], initial_state: Optional[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """Uninitialized gradients in the layouts in which kernels produce them; empty ones for absent inputs."""
+
+    def transposed(x: Tensor) -> Tensor:
+        return u.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-2]).transpose(-1, -2)
+
+    grads = [_empty_like_layout(u, u.shape), _empty_like_layout(delta, delta.shape), *map(transposed, (A, B, C))]
+    grads += [u.new_empty(0) if x is None else u.new_empty(x.shape) for x in (D, delta_bias, dt_proj)]
+    return [*grads, u.new_empty(0) if initial_state is None else transposed(initial_state)]
+
+
+def _backward(
+    dy: Tensor, dlast: Optional[Tensor], checkpoints: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Optional[Tensor], delta_bias: Optional[Tensor], dt_proj: Optional[Tensor],
+    initial_state: Optional[Tensor], reset: Optional[Tensor], routes: Optional[Tensor], delta_softplus: bool,
+    merge: bool, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    args = (u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes, delta_softplus, merge)
+    if _backend.resolve(backend, u.device, u.dtype) == "cpu":
+        return [u.new_empty(0) if g is None else g for g in _backward_cpu(dy, dlast, checkpoints, *args)]
+    with torch.autocast(u.device.type, enabled=False):
+        computed = reference.selective_scan_backward(dy, dlast, *args)
+    grads = _allocate_grads(u, delta, A, B, C, D, delta_bias, dt_proj, initial_state)
+    for grad, value in zip(grads, computed, strict=True):
+        if value is not None:
+            grad.copy_(value)
+    return grads
+
+
+def _backward_cpu(
+    dy: Tensor, dlast: Optional[Tensor], checkpoints: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Optional[Tensor], delta_bias: Optional[Tensor], dt_proj: Optional[Tensor],
+    initial_state: Optional[Tensor], reset: Optional[Tensor], routes: Optional[Tensor], delta_softplus: bool,
+    merge: bool,
+) -> tuple[Optional[Tensor], ...]:  # fmt: skip
+    full = delta
+    if dt_proj is not None:  # materialised for the time of this one call, as two matrix products per gradient need it
+        full = (delta.transpose(-1, -2) @ dt_proj.transpose(-1, -2)).transpose(-1, -2)
+    du, dfull = (_empty_like_layout(x, x.shape) for x in (u, full))
+    if routes is not None and routes.shape[1] != u.shape[-1]:
+        du.zero_()
+        dfull.zero_()
+    dA, dB, dC, dD, dbias, dinitial = cpu.selective_scan_backward(
+        dy, dlast, u, full, A, B, C, D, delta_bias, reset, routes, checkpoints, delta_softplus, merge, du, dfull
+    )
+    ddelta, dproj = dfull, None
+    if dt_proj is not None:
+        ddelta = _empty_like_layout(delta, delta.shape).copy_((dfull.transpose(-1, -2) @ dt_proj).transpose(-1, -2))
+        dproj = (dfull @ delta.transpose(-1, -2)).sum(0)
+    return du, ddelta, dA, dB, dC, dD, dbias, dproj, None if initial_state is None else dinitial
+
+
+def _backward_fake(dy: Tensor, dlast: Optional[Tensor], checkpoints: Tensor, *args: Any) -> list[Tensor]:
+    return _allocate_grads(*args[:9])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.delta_softplus, ctx.merge, ctx.backend = inputs
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def _autograd(ctx: Any, dy: Tensor, dlast: Optional[Tensor], _: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+    checkpoints, *tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
+        grads = reference.selective_scan_backward(dy, dlast, *tensors, ctx.delta_softplus, ctx.merge)
+    else:
+        found = torch.ops.ssmvision.selective_scan_backward(
+            dy, dlast, checkpoints, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend
+        )
+        grads = tuple(None if x is None else g for x, g in zip(tensors[:9], found, strict=True))
+    return (*grads, None, None, None, None, None)
+
+
+def _autocast(device_type: str) -> Any:
+    """Under autocast the scan runs as it is: it takes any mix of dtypes and keeps its state in float32."""
+
+    def call(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.ssmvision.selective_scan(*args)
+
+    return call
+
+
+_library = torch.library.Library("ssmvision", "FRAGMENT")
+_TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? dt_proj, " \
+    "Tensor? initial_state, Tensor? reset, Tensor? routes, bool delta_softplus, bool merge, str backend"  # fmt: skip
+_library.define(
+    "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
+    "Tensor? delta_bias=None, bool delta_softplus=False, Tensor? dt_proj=None, Tensor? initial_state=None, "
+    "Tensor? reset=None, Tensor? routes=None, bool merge=True, str backend='auto') -> (Tensor, Tensor)"
+)
+_library.define(f"selective_scan_forward({_TENSORS}) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"selective_scan_backward(Tensor dy, Tensor? dlast, Tensor checkpoints, {_TENSORS}) -> Tensor[]"
+)
+_library.impl("selective_scan", _composite, "CompositeImplicitAutograd")
+for _device in ("cpu", "cuda"):
+    _library.impl("selective_scan", _autocast(_device), f"Autocast{_device.upper()}")
+for _name, _kernel, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake)):
+    _library.impl(f"selective_scan_{_name}", _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ssmvision::selective_scan_{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "ssmvision::selective_scan_forward", _autograd, setup_context=_setup_context, lib=_library
+)
