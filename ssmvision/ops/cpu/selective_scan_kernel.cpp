@@ -24,7 +24,6 @@ struct Steps {
   int64_t token[CHUNK];
   int count;
   bool raster;          // consecutive tokens: allows block transposes of channels-first tensors
-  bool any_reset;
   bool reset[CHUNK];
 
   Steps(const Scan& s, int64_t ib, int64_t ik, int64_t chunk) {
@@ -32,10 +31,8 @@ struct Steps {
     count = int(std::min<int64_t>(CHUNK, s.steps - begin));
     raster = s.order == nullptr;
     for (int t = 0; t < count; ++t) token[t] = raster ? begin + t : s.order[ik * s.steps + begin + t];
-    any_reset = false;
-    if (s.reset == nullptr) return;
-    const uint8_t* flags = s.reset + ib * s.reset_b + ik * s.reset_k;
-    for (int t = 0; t < count; ++t) any_reset |= reset[t] = flags[token[t]] != 0;
+    const uint8_t* flags = s.reset ? s.reset + ib * s.reset_b + ik * s.reset_k : nullptr;
+    for (int t = 0; t < count; ++t) reset[t] = flags && flags[token[t]];
   }
 };
 
@@ -220,7 +217,7 @@ struct Delta {
 };
 
 // NS states advance together: they share the loads of dt, x and y, and hide each other's latency.
-template <int NS, bool RESET, class Coefficients>
+template <int NS, bool DECAY, class Coefficients>
 static void advance(const vf* dt, const vf* x, vf* y, vf* h, const vf* a2, const Coefficients& B, const Coefficients& C,
                     int64_t n, const Steps& steps) {
   vf state[NS];
@@ -229,8 +226,8 @@ static void advance(const vf* dt, const vf* x, vf* y, vf* h, const vf* a2, const
     vf out = y[t];
     const vf step = dt[t], drive = x[t];
     for (int i = 0; i < NS; ++i) {
-      const vf a = exp2v(step * a2[i]);
-      if (RESET && steps.reset[t]) state[i] = vf{};
+      const vf a = exp2v<DECAY>(step * a2[i]);
+      if (__builtin_expect(steps.reset[t], 0)) state[i] = vf{};
       state[i] = a * state[i] + drive * B.get(t, n + i);
       out += state[i] * C.get(t, n + i);
     }
@@ -243,13 +240,13 @@ static void advance(const vf* dt, const vf* x, vf* y, vf* h, const vf* a2, const
 template <int NS, class Coefficients>
 static void advance_states(const vf* dt, const vf* x, vf* y, const float* state, float* next, int64_t stride,
                            const float* A2, int64_t stride_a, const Coefficients& B, const Coefficients& C, int64_t n,
-                           const Steps& steps, int width) {
+                           const Steps& steps, int width, bool decays) {
   vf h[NS], a2[NS];
   for (int i = 0; i < NS; ++i) {
     h[i] = load_part(state + (n + i) * stride, width);
     a2[i] = load_part(A2 + (n + i) * stride_a, width);
   }
-  if (steps.any_reset) advance<NS, true>(dt, x, y, h, a2, B, C, n, steps);
+  if (decays) advance<NS, true>(dt, x, y, h, a2, B, C, n, steps);
   else advance<NS, false>(dt, x, y, h, a2, B, C, n, steps);
   for (int i = 0; i < NS; ++i) store_part(next + (n + i) * stride, h[i], width);
 }
@@ -259,6 +256,8 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
   const int64_t chunks = (s.steps + CHUNK - 1) / CHUNK, plane = s.states * s.channels, slice = d1 - d0;
   const int64_t bk = ib * s.routes + ik;
   const std::vector<float> A2 = channels_last(s.A + ik * plane, d0, d1, s.states, LOG2E);
+  // Softplus makes dt positive, so a non-positive A makes every factor at most 1.
+  const bool decays = s.softplus && std::all_of(A2.begin(), A2.end(), [](float a) { return a <= 0.f; });
   float* const saved = s.checkpoints + bk * chunks * plane;
   float* const last = s.last + bk * plane;
   const float* const u = s.u.at(ib, s.shared_u ? 0 : ik);
@@ -293,9 +292,9 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
       const float* a2 = &A2[size_t(d - d0)];
       int64_t n = 0;
       for (; n + 4 <= s.states; n += 4)
-        advance_states<4>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width);
+        advance_states<4>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, decays);
       for (; n < s.states; ++n)
-        advance_states<1>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width);
+        advance_states<1>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, decays);
       store_tile(y, out + d * s.y.c, s.y.c, s.y.l, steps, width, s.merge && ik > 0);
     }
   }
@@ -324,7 +323,7 @@ static void retreat(BlockGrad& g, vf* h, vf* dh, vf* da, const vf* a, const Coef
   for (int i = 0; i < NS; ++i) state[0][i] = h[i];
   for (int t = 0; t < steps.count; ++t) {
     const vf x = g.dt[t] * g.u[t];
-    const bool cut = steps.any_reset && steps.reset[t];
+    const bool cut = steps.reset[t];
     for (int i = 0; i < NS; ++i) {
       decay[t][i] = cut ? vf{} : exp2v(g.dt[t] * (a[i] * splat(LOG2E)));
       state[t + 1][i] = (cut ? vf{} : decay[t][i] * state[t][i]) + x * B.get(t, n + i);

@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -17,8 +20,19 @@ typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 static inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 static inline vf splat(float x) { return x - vf{}; }
+
+// min and max return b if either operand is NaN. x86 has one instruction for that, which compilers find only when told
+// to ignore NaN, so it is named here.
+#if defined(__AVX512F__)
+static inline vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+static inline vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+#endif
 static inline float hsum(vf v) {
   float s = 0;
   for (int i = 0; i < LANES; ++i) s += v[i];
@@ -26,9 +40,11 @@ static inline float hsum(vf v) {
 }
 
 // 2^x, relative error 1e-7 (degree-5 polynomial, constant term exactly 1, so that a decay of 2^0 never drifts over
-// thousands of steps). Below 2^-126 the result is a positive number under 1e-37, never NaN; NaN stays NaN.
+// thousands of steps). Far below 2^-126 the result is a positive number under 1e-37; NaN stays NaN. With DECAY the
+// caller knows that x <= 0 and one comparison is saved.
+template <bool DECAY = false>
 static inline vf exp2v(vf x) {
-  x = vmin(splat(127.f), x);  // the constant first: a NaN in x falls through both comparisons
+  if (!DECAY) x = vmin(splat(127.f), x);  // constant first: NaN passes through
   x = vmax(splat(-126.f), x);
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const vf shifted = x + magic;
@@ -54,7 +70,7 @@ static inline vf log1pv(vf e) {
   return (s + s) * p;
 }
 
-static inline vf exp_neg_abs(vf x) { return exp2v(vmin(x, -x) * splat(1.44269504f)); }
+static inline vf exp_neg_abs(vf x) { return exp2v<true>(vmin(-x, x) * splat(1.44269504f)); }
 static inline vf softplus(vf x) { return vmax(splat(0.f), x) + log1pv(exp_neg_abs(x)); }
 static inline vf sigmoid(vf x) {
   const vf e = exp_neg_abs(x), one = splat(1.f);
