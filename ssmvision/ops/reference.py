@@ -140,3 +140,16 @@ def _per_group(x: Tensor, groups: int) -> Tensor:
 
 def _stack(states: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(states) if states else like.new_empty(0, *like.shape)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, routes: Tensor | None) -> Tensor:
+    """Depthwise causal convolution along every route.
+
+    Shapes: x (b, d, l), weight (k, d, w), bias (k, d), routes (k, l). Returns (b, k, d, l).
+    """
+    k, d, width = weight.shape
+    ordered = along_routes(x.unsqueeze(1), k, routes).flatten(1, 2)
+    y = F.conv1d(F.pad(ordered, (width - 1, 0)), weight.flatten(0, 1).unsqueeze(1), groups=k * d).unflatten(1, (k, d))
+    if bias is not None:
+        y = y + bias[..., None]
+    return back_to_tokens(F.silu(y) if silu else y, routes, x.shape[-1])

@@ -35,7 +35,9 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Selective scan (S6; Mamba, arXiv:2312.00752, algorithm 2) along one or several routes over the tokens.
 
-        delta_t = softplus(delta_t + delta_bias);  h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = C_t h_t + D u_t
+        delta_t = softplus(delta_t + delta_bias)
+        h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t
+        y_t     = C_t h_t + D u_t
 
     and y * silu(z) if z is given. The step is zero-order hold for A and Euler for B, as in the published kernels.
 
@@ -48,8 +50,8 @@ def selective_scan(
         u: Tokens (b, d, l); with routes also (b, k, d, l).
         delta: Step sizes, (b, d, l) or (b, k, d, l); with `dt_proj` low-rank, (b, r, l) or (b, k, r, l).
         A: State matrix, real, (d, n) or (k, d, n); negative for a stable recurrence.
-        B: Input matrix: per channel (d, n), shared (b, n, l), grouped (b, g, n, l); with routes (k, d, n), (b, k, n, l),
-            (b, k, g, n, l).
+        B: Input matrix: per channel (d, n), shared (b, n, l), grouped (b, g, n, l); with routes (k, d, n),
+            (b, k, n, l), (b, k, g, n, l).
         C: Output matrix, shapes as `B`; the number of groups may differ.
         D: Skip connection, (d,) or (k, d).
         z: Gate, (b, d, l), applied after the routes are merged.
@@ -128,7 +130,7 @@ def _check(
     _expect("delta", delta, (b, k, rank, length))
     for name, m in (("B", B), ("C", C)):
         _expect(name, m, (b, k, m.shape[2] if m.dim() == 5 else 1, n, length))
-        torch._check(d % m.shape[2] == 0, lambda: f"selective_scan: the groups of {name} do not divide {d} channels")
+        torch._check(d % m.shape[2] == 0, lambda: "selective_scan: groups must divide the channels")
     for name, p, shape in (
         ("D", D, (k, d)), ("delta_bias", delta_bias, (k, d)), ("dt_proj", dt_proj, (k, d, rank)),
         ("initial_state", initial_state, (b, k, d, n)), ("z", z, (b, d, length)),
@@ -287,9 +289,7 @@ _library.define(
     "Tensor? reset=None, Tensor? routes=None, bool merge=True, str backend='auto') -> (Tensor, Tensor)"
 )
 _library.define(f"selective_scan_forward({_TENSORS}) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"selective_scan_backward(Tensor dy, Tensor? dlast, Tensor checkpoints, {_TENSORS}) -> Tensor[]"
-)
+_library.define(f"selective_scan_backward(Tensor dy, Tensor? dlast, Tensor checkpoints, {_TENSORS}) -> Tensor[]")
 _library.impl("selective_scan", _composite, "CompositeImplicitAutograd")
 for _device in ("cpu", "cuda"):
     _library.impl("selective_scan", _autocast(_device), f"Autocast{_device.upper()}")

@@ -1,4 +1,4 @@
-"""The native CPU backend of `selective_scan`: C++ kernels for AVX-512, AVX2 or any other machine, chosen at run time."""
+"""The native CPU backend: C++ kernels for AVX-512, AVX2 or any other machine, chosen at run time."""
 
 import functools
 import os

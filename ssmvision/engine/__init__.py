@@ -1,0 +1,31 @@
+"""Training, evaluation and prediction, with run folders and exact resume."""
+
+from .checkpoint import ResumeError, load_checkpoint, save_checkpoint
+from .command import run_command
+from .config import ConfigError, add_model_arguments, parse_with_config
+from .evaluate import evaluate
+from .export import export_folder
+from .models import ModelError
+from .predict import predict
+from .signals import Interrupted
+from .train import train
+from .trainer import Trainer
+from .validate import validate
+
+__all__ = [
+    "ConfigError",
+    "Interrupted",
+    "ModelError",
+    "ResumeError",
+    "Trainer",
+    "add_model_arguments",
+    "evaluate",
+    "export_folder",
+    "load_checkpoint",
+    "parse_with_config",
+    "predict",
+    "run_command",
+    "save_checkpoint",
+    "train",
+    "validate",
+]

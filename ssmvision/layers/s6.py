@@ -1,0 +1,62 @@
+"""What every layer around `selective_scan` shares: how S6 parameters are initialized and read."""
+
+import math
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor
+
+from ssmvision.ops import routes
+
+
+def auto_dt_rank(dim: int) -> int:
+    """The papers' rank of the step-size projection, ceil(dim / 16)."""
+    return math.ceil(dim / 16)
+
+
+def init_A_log_(A_log: Tensor) -> None:
+    """S4D-real: A = -(1, ..., N) in every channel (Mamba, arXiv:2312.00752, section 3.6)."""
+    n = A_log.shape[-1]
+    with torch.no_grad():
+        A_log.copy_(torch.arange(1, n + 1, device=A_log.device).log().expand_as(A_log))
+
+
+def init_dt_(weight: Tensor, bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, floor: float = 1e-4) -> None:
+    """Step sizes log-uniform in [dt_min, dt_max] at initialization (Mamba, arXiv:2312.00752, section 3.6).
+
+    Args:
+        weight: (..., d, r), uniform within ± r^-0.5.
+        bias: Added to the projected step before softplus; set to the inverse softplus of the wanted steps.
+        dt_min: Smallest step size.
+        dt_max: Largest step size.
+        floor: Lower bound of the step size.
+    """
+    init_dt_bias_(bias, dt_min, dt_max, floor)
+    torch.nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+
+def init_dt_bias_(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, floor: float = 1e-4) -> None:
+    """The bias of `init_dt_`, for layers without a projection."""
+    with torch.no_grad():
+        steps = torch.empty_like(bias).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=floor)
+        bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+
+
+@register_notrace_function
+def state_matrix(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 even where the parameters are stored in half precision."""
+    if A_log.dtype == torch.float64:
+        return -torch.exp(A_log)
+    return -torch.exp(A_log.float())
+
+
+@register_notrace_function
+def cross_routes(x: Tensor) -> Tensor:
+    """VMamba's four routes over x (b, h, w, c): (4, h * w)."""
+    return routes.cross(x.shape[1], x.shape[2], x.device)
+
+
+@register_notrace_function
+def bidirectional_routes(x: Tensor) -> Tensor:
+    """Forward and backward over x (b, l, c): (2, l)."""
+    return routes.bidirectional(x.shape[1], x.device)

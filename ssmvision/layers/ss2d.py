@@ -1,0 +1,134 @@
+"""SS2D, the 2-D selective scan of VMamba (arXiv:2401.10166, section 4.2 and figure 3)."""
+
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmvision.layers.s6 import auto_dt_rank, cross_routes, init_A_log_, init_dt_, init_dt_bias_, state_matrix
+from ssmvision.ops import selective_scan
+
+ROUTES = 4
+
+
+class SS2D(nn.Module):
+    """Four selective scans over a feature map, along rows, columns and both reversed, summed at every pixel.
+
+    The projections to delta, B and C act on single pixels, so they commute with any scan order: one matrix product in
+    raster order serves all routes, and the scan follows the routes by index.
+
+    Args:
+        dim: Channels of input and output.
+        d_state: Size of the state per channel.
+        ssm_ratio: Inner channels / dim.
+        dt_rank: Rank of the step-size projection; None for ceil(dim / 16).
+        d_conv: Kernel of the depthwise convolution before the scan.
+        conv_bias: Give that convolution a bias.
+        gate: Multiply the scan's output by SiLU of a second projection of the input (v0).
+        act_layer: Activation after the convolution.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 2.0,
+        dt_rank: Optional[int] = None,
+        d_conv: int = 3,
+        conv_bias: bool = False,
+        gate: bool = False,
+        act_layer: type[nn.Module] = nn.SiLU,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.d_state = d_state
+        self.d_inner = int(ssm_ratio * dim)
+        self.dt_rank = dt_rank or auto_dt_rank(dim)
+        self.gate = gate
+        self.in_proj = nn.Linear(dim, self.d_inner * (2 if gate else 1), bias=False, **dd)
+        self.conv2d = nn.Conv2d(
+            self.d_inner, self.d_inner, d_conv, padding=d_conv // 2, groups=self.d_inner, bias=conv_bias, **dd
+        )
+        self.act = act_layer()
+        self.x_proj_weight = nn.Parameter(torch.empty(ROUTES, self.dt_rank + 2 * d_state, self.d_inner, **dd))
+        self._make_scan_parameters(dd)
+        self.out_norm = nn.LayerNorm(self.d_inner, eps=1e-5, **dd)
+        self.out_proj = nn.Linear(self.d_inner, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    def _make_scan_parameters(self, dd: dict[str, Any]) -> None:
+        self.dt_projs_weight = nn.Parameter(torch.empty(ROUTES, self.d_inner, self.dt_rank, **dd))
+        self.dt_projs_bias = nn.Parameter(torch.empty(ROUTES, self.d_inner, **dd))
+        self.A_logs = nn.Parameter(torch.empty(ROUTES * self.d_inner, self.d_state, **dd))
+        self.Ds = nn.Parameter(torch.empty(ROUTES * self.d_inner, **dd))
+
+    def reset_parameters(self) -> None:
+        """Initialize the scan's own parameters; linear and convolution layers initialize themselves."""
+        bound = self.d_inner**-0.5
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        init_dt_(self.dt_projs_weight, self.dt_projs_bias)
+        init_A_log_(self.A_logs)
+        nn.init.ones_(self.Ds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) → (b, h, w, dim)."""
+        # Two products instead of one and a split: each half comes out dense, ready for the convolution.
+        u = F.linear(x, self.in_proj.weight[: self.d_inner])
+        u = self.act(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        y = self.out_norm(self.scan(u))
+        if self.gate:
+            y = y * F.silu(F.linear(x, self.in_proj.weight[self.d_inner :]))
+        return self.out_proj(y)
+
+    def scan(self, u: Tensor) -> Tensor:
+        """The four scans alone, (b, h, w, d_inner) → the same."""
+        B, H, W, D = u.shape
+        tokens = u.reshape(B, H * W, D)
+        projected = F.linear(tokens, self.x_proj_weight.flatten(0, 1)).view(B, H * W, ROUTES, -1)
+        # (b, l, k, r + 2n) → (b, k, ·, l): a view, nothing moves.
+        delta, b, c = projected.permute(0, 2, 3, 1).split([self.dt_rank, self.d_state, self.d_state], dim=2)
+        A, skip, dt_bias, dt_proj = self.scan_parameters()
+        y, _ = selective_scan(
+            tokens.transpose(1, 2), delta, A, b, c, D=skip, delta_bias=dt_bias, delta_softplus=True, dt_proj=dt_proj,
+            routes=cross_routes(u),
+        )  # fmt: skip
+        return y.transpose(1, 2).reshape(B, H, W, D)
+
+    def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A (k, d, n), D (k, d), delta_bias (k, d) and dt_proj (k, d, r)."""
+        A = state_matrix(self.A_logs).view(ROUTES, self.d_inner, self.d_state)
+        return A, self.Ds.view(ROUTES, self.d_inner), self.dt_projs_bias, self.dt_projs_weight
+
+
+class ScalarSS2D(SS2D):
+    """SS2D in Mamba-2 form (VMamba "m0"): `dt_rank` heads, each with one scalar decay and one step size per pixel.
+
+    It is the same recurrence with A, step and bias shared within a head (Mamba-2, arXiv:2405.21060, section 5).
+    """
+
+    def _make_scan_parameters(self, dd: dict[str, Any]) -> None:
+        heads = self.dt_rank
+        self.dt_projs_bias = nn.Parameter(torch.empty(ROUTES, heads, **dd))
+        self.A_logs = nn.Parameter(torch.empty(ROUTES, heads, **dd))
+        self.Ds = nn.Parameter(torch.empty(ROUTES, heads, self.d_inner // heads, **dd))
+
+    def reset_parameters(self) -> None:
+        """As in `SS2D`, without a step-size projection."""
+        bound = self.d_inner**-0.5
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        init_dt_bias_(self.dt_projs_bias)
+        nn.init.zeros_(self.A_logs)
+        nn.init.ones_(self.Ds)
+
+    def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A (k, d, n), D (k, d), delta_bias (k, d) and dt_proj (k, d, heads), which hands each channel its head."""
+        width = self.d_inner // self.dt_rank
+        A = state_matrix(self.A_logs).repeat_interleave(width, dim=1).unsqueeze(-1).expand(-1, -1, self.d_state)
+        head = torch.eye(self.dt_rank, device=A.device, dtype=A.dtype).repeat_interleave(width, dim=0)
+        bias = self.dt_projs_bias.repeat_interleave(width, dim=1)
+        return A, self.Ds.flatten(1), bias, head.unsqueeze(0).expand(ROUTES, -1, -1)

@@ -1,0 +1,508 @@
+"""VMamba: a hierarchical backbone of 2-D selective scans.
+
+Paper: `VMamba: Visual State Space Model` - https://arxiv.org/abs/2401.10166
+Official code and weights (MIT): https://github.com/MzeroMiko/VMamba
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import (
+    checkpoint_seq,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+)
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from torch import Tensor, nn
+
+from ssmvision.layers import SS2D, ScalarSS2D
+from ssmvision.models._builder import Published, build_model, weights_cfg
+from ssmvision.models._official import OfficialModel, Tap, nchw, nhwc
+
+__all__ = ["VMamba"]
+
+
+class PatchStem(nn.Sequential):
+    """v0: non-overlapping 4 x 4 patches, (b, in_chans, h, w) → (b, dim, h/4, w/4)."""
+
+    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
+        self.norm1 = LayerNorm2d(dim, eps=1e-5, **dd)
+
+
+class ConvStem(nn.Sequential):
+    """v05: two overlapping 3 x 3 convolutions of stride 2, (b, in_chans, h, w) → (b, dim, h/4, w/4)."""
+
+    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = LayerNorm2d(dim // 2, eps=1e-5, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.norm2 = LayerNorm2d(dim, eps=1e-5, **dd)
+
+
+class PatchMerging(nn.Module):
+    """v0: 2 x 2 neighbours concatenated, normalised and projected; odd sides get a row or column of zeros."""
+
+    def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5, **dd)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, W % 2, 0, H % 2))
+        x = x.reshape(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
+
+
+class ConvDownsample(nn.Sequential):
+    """v05: a 3 x 3 convolution of stride 2 and a norm."""
+
+    def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.norm = LayerNorm2d(out_dim, eps=1e-5, **dd)
+
+
+class VSSBlock(nn.Module):
+    """SS2D and, if mlp_ratio > 0, an MLP, both pre-norm and residual: (b, h, w, dim) → the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Callable[..., nn.Module],
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.op = mixer(dim, **dd)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if mlp_ratio > 0 else nn.Identity()
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio > 0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.op(self.norm(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class VSSStage(nn.Module):
+    """Downsampling, then blocks: (b, c, h, w) → (b, dim, h', w').
+
+    Inside, tensors are channels-last; both permutations are views.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class VMamba(nn.Module):
+    """VMamba of any published generation; the defaults are those of v05 ("s1").
+
+    Args:
+        in_chans: Input channels.
+        num_classes: Classes; 0 for none.
+        global_pool: Pooling of the head.
+        dims: Channels of each stage, or of the first (doubled from stage to stage).
+        depths: Blocks of each stage.
+        d_state: State size of the scans.
+        ssm_ratio: Inner channels of the scans / channels.
+        conv_bias: Bias in the depthwise convolution of the scans.
+        gate: Gate the scans (v0).
+        scalar_decay: One decay per head, the Mamba-2 form ("m0").
+        mlp_ratio: Hidden channels of the MLPs / channels; 0 for none (v0).
+        stem: "conv" (v05) or "patch" (v0).
+        downsample: "conv" (v05) or "merge" (v0).
+        out_norms: Pyramid backbone for detection and segmentation: a norm on every stage's output instead of a
+            classifier. With `features_only=True` the normalised maps are returned.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Largest stochastic depth rate, reached in the last block.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: Union[int, Sequence[int]] = 96,
+        depths: Sequence[int] = (2, 2, 8, 2),
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        conv_bias: bool = False,
+        gate: bool = False,
+        scalar_decay: bool = False,
+        mlp_ratio: float = 4.0,
+        stem: str = "conv",
+        downsample: str = "conv",
+        out_norms: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+        self.num_classes = 0 if out_norms else num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+
+        def mixer(dim: int, **dd: Any) -> nn.Module:
+            if scalar_decay:
+                return ScalarSS2D(dim, d_state, ssm_ratio, conv_bias=conv_bias, act_layer=nn.GELU, **dd)
+            return SS2D(dim, d_state, ssm_ratio, conv_bias=conv_bias, gate=gate, **dd)
+
+        self.patch_embed = {"conv": ConvStem, "patch": PatchStem}[stem](in_chans, dims[0], **dd)
+        make_downsample = {"conv": ConvDownsample, "merge": PatchMerging}[downsample]
+        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        first = [sum(depths[:i]) for i in range(len(depths))]
+        self.stages = nn.Sequential(
+            *(
+                VSSStage(
+                    make_downsample(dims[i - 1], dim, **dd) if i else nn.Identity(),
+                    [VSSBlock(dim, mixer, mlp_ratio, rate, **dd) for rate in rates[first[i] : first[i] + depths[i]]],
+                )
+                for i, dim in enumerate(dims)
+            )
+        )
+        self.out_norms = nn.ModuleList([LayerNorm2d(dim, eps=1e-5, **dd) for dim in dims] if out_norms else [])
+        self.norm = nn.Identity() if out_norms else LayerNorm2d(dims[-1], eps=1e-5, **dd)
+        self.head = ClassifierHead(dims[-1], self.num_classes, global_pool, drop_rate, **dd)
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialize; with `needs_reset` also what layers initialize themselves (after `to_empty`)."""
+        named_apply(_init_weights if not needs_reset else _reset_weights, self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return {n for n, _ in self.named_parameters() if n.endswith(("A_logs", "Ds", "dt_projs_bias"))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        blocks = r"^stages\.(\d+)" if coarse else [
+            (r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,)),
+        ]  # fmt: skip
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Stage outputs before downsampling; see timm's API. `norm` applies to the last, `out_norms` to all."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"VMamba features are NCHW, not {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates: List[Tensor] = []
+        x = self._embed(x)
+        for i, stage in enumerate(self.stages):
+            if not (stop_early and i > max_index):
+                x = stage(x)
+            if i in take_indices:
+                tap = self._out_norm(x, i)
+                intermediates.append(self.norm(tap) if norm and i == last else tap)
+        if intermediates_only:
+            return intermediates
+        if not (stop_early and max_index < last):
+            x = self.norm(self._out_norm(x, last))
+        return x, intermediates
+
+    def _out_norm(self, x: Tensor, stage: int) -> Tensor:
+        for i, norm in enumerate(self.out_norms):
+            if i == stage:
+                x = norm(x)
+        return x
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        shorter = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        self.out_norms = self.out_norms[: max_index + 1]
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if shorter:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def _embed(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[1] == self.in_chans, "the image does not have the model's number of channels (in_chans)")
+        return self.patch_embed(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.norm(self._out_norm(self.stages(self._embed(x)), len(self.stages) - 1))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module, name: str = "") -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _reset_weights(module: nn.Module, name: str = "") -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+    _init_weights(module)
+
+
+# Official key → ours. Stages begin with their downsampling here and end with it there.
+_RENAMES = (
+    (r"^patch_embed\.(0|proj)\.", "patch_embed.conv1."),
+    (r"^patch_embed\.(2|norm)\.", "patch_embed.norm1."),
+    (r"^patch_embed\.5\.", "patch_embed.conv2."),
+    (r"^patch_embed\.7\.", "patch_embed.norm2."),
+    (r"\.ln_1\.", ".norm."),  # v0 checkpoints
+    (r"\.self_attention\.", ".op."),
+    (r"\.op\.conv2d\.1\.", ".op.conv2d."),  # m0
+    (r"^(classifier\.)?norm\.", "norm."),
+    (r"^(classifier\.)?head\.(?!fc)", "head.fc."),
+    (r"^outnorm(\d)\.", r"out_norms.\1."),
+    (r"\.downsample\.1\.", ".downsample.conv."),
+    (r"\.downsample\.3\.", ".downsample.norm."),
+)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+    """Official keys of every generation (v0, v05, m0; classifier or backbone) → ours; ours pass unchanged."""
+    if any(key.startswith("stages.") for key in state_dict):
+        return state_dict
+    converted = {}
+    target = model.state_dict()
+    for key, value in state_dict.items():
+        key = key.removeprefix("backbone.")
+        for pattern, replacement in _RENAMES:
+            key = re.sub(pattern, replacement, key)
+        if match := re.match(r"layers\.(\d+)\.(.*)", key):
+            stage, rest = int(match[1]), match[2]
+            key = f"stages.{stage + rest.startswith('downsample')}.{rest}"
+        if value.ndim == 4 and key in target and target[key].ndim == 2:  # linear layers stored as 1 x 1 convolutions
+            value = value.flatten(1)
+        converted[key] = value
+    return converted
+
+
+def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
+    """Build from the arguments of the official `VSSM` or `Backbone_VSSM`."""
+    forward_type = kwargs.get("forward_type", "v0")
+    backbone = official_class.endswith("Backbone_VSSM")
+    model: nn.Module = VMamba(
+        in_chans=kwargs.get("in_chans", 3),
+        num_classes=kwargs.get("num_classes", 1000),
+        dims=kwargs.get("dims", 96),
+        depths=kwargs["depths"],
+        d_state=kwargs.get("ssm_d_state", 16),
+        ssm_ratio=kwargs.get("ssm_ratio", 2.0),
+        conv_bias=kwargs.get("ssm_conv_bias", True),
+        gate=not forward_type.endswith("noz"),
+        scalar_decay=forward_type.startswith("m0"),
+        mlp_ratio=kwargs.get("mlp_ratio", 4.0),
+        stem={"v1": "patch", "v2": "conv"}[kwargs.get("patchembed_version", "v1")],
+        downsample={"v1": "merge", "v3": "conv"}[kwargs.get("downsample_version", "v2")],
+        out_norms=backbone,
+    )
+    channels_first = kwargs.get("norm_layer") == "ln2d"
+    last = len(kwargs["depths"]) - 1
+    prefix = ""
+    if backbone:
+        model, prefix = FeatureGetterNet(model, out_indices=kwargs.get("out_indices", (0, 1, 2, 3))), "model."
+
+    def taps(name: str) -> List[Tap]:
+        if name == "patch_embed":
+            return [Tap(prefix + name) if channels_first else Tap(prefix + name, nhwc)]
+        stage, block = re.fullmatch(r"layers\.(\d+)(?:\.blocks\.(\d+))?", name).groups()
+        if block is not None:
+            module = f"{prefix}stages.{stage}.blocks.{block}"
+            return [Tap(module, nchw) if channels_first else Tap(module)]
+        # An official stage ends with the downsampling that begins ours.
+        module = f"stages.{last}" if int(stage) == last else f"stages.{int(stage) + 1}.downsample"
+        return [Tap(prefix + module) if channels_first else Tap(prefix + module, nhwc)]
+
+    return OfficialModel(model, taps)
+
+
+_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download"
+_SOURCE = "https://github.com/MzeroMiko/VMamba"
+
+# The published weights: architecture → (release, file, top-1, FLOPs).
+_WEIGHTS = {
+    "vmamba_v0_tiny": ("v0cls", "vssmtiny_dp01_ckpt_epoch_292.pth", 82.2, "5.6G"),
+    "vmamba_v0_small": ("v0cls", "vssmsmall_dp03_ckpt_epoch_238.pth", 83.5, "11.2G"),
+    "vmamba_v0_base": ("v0cls", "vssmbase_dp06_ckpt_epoch_241.pth", 83.7, "18.0G"),
+    "vmamba_tiny_s2l5": ("v2cls", "vssm_tiny_0230_ckpt_epoch_262.pth", 82.5, "4.9G"),
+    "vmamba_small_s2l15": ("v2cls", "vssm_small_0229_ckpt_epoch_222.pth", 83.6, "8.7G"),
+    "vmamba_base_s2l15": ("v2cls", "vssm_base_0229_ckpt_epoch_237.pth", 83.9, "15.4G"),
+    "vmamba_tiny_s1l8": ("v2cls", "vssm1_tiny_0230s_ckpt_epoch_264.pth", 82.6, "4.9G"),
+    "vmamba_small_s1l20": ("v2cls", "vssm1_small_0229s_ckpt_epoch_240.pth", 83.3, "8.6G"),
+    "vmamba_base_s1l20": ("v2cls", "vssm1_base_0229s_ckpt_epoch_225.pth", 83.8, "15.2G"),
+}
+
+PUBLISHED = {
+    f"{name}.in1k": Published(source=_SOURCE, top1=top1, flops=flops) for name, (_, _, top1, flops) in _WEIGHTS.items()
+}
+
+
+def _cfg(**fields: Any) -> Dict[str, Any]:
+    common = {
+        "pool_size": (7, 7), "first_conv": "patch_embed.conv1", "classifier": "head.fc", "license": "mit",
+        "paper_name": "VMamba: Visual State Space Model", "paper_ids": "arXiv:2401.10166", "origin_url": _SOURCE,
+    }  # fmt: skip
+    return weights_cfg(**(common | fields))
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        # The '#' of the release tags must be escaped.
+        f"{name}.in1k": _cfg(url=f"{_RELEASES}/%23{tag}/{file}")
+        for name, (tag, file, _, _) in _WEIGHTS.items()
+    }
+    | {"test_vmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5))}
+)
+
+
+def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
+    # Only the getter applies the norms of a pyramid backbone.
+    feature_cls = "getter" if kwargs.get("out_norms") else "list"
+    return build_model(
+        VMamba, variant, pretrained, checkpoint_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": feature_cls}, **kwargs,
+    )  # fmt: skip
+
+
+_V0 = {
+    "d_state": 16, "ssm_ratio": 2.0, "conv_bias": True, "gate": True, "mlp_ratio": 0.0,
+    "stem": "patch", "downsample": "merge",
+}  # fmt: skip
+
+
+@register_model
+def vmamba_v0_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T of the first preprint, 22.9M parameters."""
+    args = dict(_V0, dims=96, depths=(2, 2, 9, 2))
+    return _create_vmamba("vmamba_v0_tiny", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def vmamba_v0_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S of the first preprint, 44.4M parameters."""
+    args = dict(_V0, dims=96, depths=(2, 2, 27, 2))
+    return _create_vmamba("vmamba_v0_small", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def vmamba_v0_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B of the first preprint, 76.3M parameters."""
+    args = dict(_V0, dims=128, depths=(2, 2, 27, 2))
+    return _create_vmamba("vmamba_v0_base", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T, SSM ratio 2 and 5 blocks in stage 3, 30.7M parameters."""
+    args = dict(dims=96, depths=(2, 2, 5, 2), ssm_ratio=2.0)
+    return _create_vmamba("vmamba_tiny_s2l5", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def vmamba_small_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S, SSM ratio 2 and 15 blocks in stage 3, 50.1M parameters."""
+    args = dict(dims=96, depths=(2, 2, 15, 2), ssm_ratio=2.0)
+    return _create_vmamba("vmamba_small_s2l15", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def vmamba_base_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B, SSM ratio 2 and 15 blocks in stage 3, 88.6M parameters."""
+    args = dict(dims=128, depths=(2, 2, 15, 2), ssm_ratio=2.0)
+    return _create_vmamba("vmamba_base_s2l15", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T, SSM ratio 1 and 8 blocks in stage 3, 30.2M parameters."""
+    args = dict(dims=96, depths=(2, 2, 8, 2))
+    return _create_vmamba("vmamba_tiny_s1l8", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S, SSM ratio 1 and 20 blocks in stage 3, 49.0M parameters."""
+    args = dict(dims=96, depths=(2, 2, 20, 2))
+    return _create_vmamba("vmamba_small_s1l20", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B, SSM ratio 1 and 20 blocks in stage 3, 86.6M parameters."""
+    args = dict(dims=128, depths=(2, 2, 20, 2))
+    return _create_vmamba("vmamba_base_s1l20", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def test_vmamba(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """A micro model for tests and the quickstart."""
+    args = dict(dims=16, depths=(1, 1, 2, 1))
+    return _create_vmamba("test_vmamba", pretrained, **dict(args, **kwargs))

@@ -1,0 +1,121 @@
+"""`create_model`, `list_models` and `is_model`: timm's registry limited to our names, with errors that help."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, model_entrypoint, parse_model_name
+from torch import nn
+
+import ssmvision.models as _families  # registers our models with timm
+from ssmvision.models._builder import load_weights
+
+__all__ = ["create_model", "is_model", "list_models"]
+
+_PACKAGE = f"{_families.__name__}."
+
+
+def is_model(model_name: str) -> bool:
+    """Whether a name, with or without a tag, is one of our architectures."""
+    return timm.is_model(model_name) and model_entrypoint(model_name).__module__.startswith(_PACKAGE)
+
+
+def list_models(
+    filter: str | Iterable[str] = "",
+    module: str | Iterable[str] = "",
+    pretrained: bool = False,
+    exclude_filters: str | Iterable[str] = "",
+    name_matches_cfg: bool = False,
+    include_tags: bool | None = None,
+) -> list[str]:
+    """List our models; the arguments are those of `timm.list_models`.
+
+    Args:
+        filter: wildcards of names to list.
+        module: names of families (modules in `ssmvision.models`).
+        pretrained: only those that have weights.
+        exclude_filters: wildcards of names to leave out.
+        name_matches_cfg: only names that have a cfg of their own.
+        include_tags: list `arch.tag`; by default only together with `pretrained`.
+    """
+    names = timm.list_models(filter, module, pretrained, exclude_filters, name_matches_cfg, include_tags)
+    return [name for name in names if is_model(name)]
+
+
+def create_model(
+    model_name: str,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    checkpoint_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    scriptable: bool | None = None,
+    exportable: bool | None = None,
+    no_jit: bool | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a model by name; names that are timm's alone are passed on to it.
+
+    Args:
+        model_name: `arch`, `arch.tag`, `hf-hub:owner/name` or `local-dir:/path`.
+        pretrained: load the weights of the tag.
+        pretrained_cfg: tag or cfg to use instead of the default one.
+        pretrained_cfg_overlay: fields that replace those of the cfg.
+        checkpoint_path: official or converted checkpoint to load into the model, every key accounted for.
+        cache_dir: where downloads go.
+        scriptable: timm's layer setting for TorchScript.
+        exportable: timm's layer setting for export.
+        no_jit: timm's layer setting against scripted layers.
+        **kwargs: arguments of the model, such as `num_classes`, `in_chans`, `features_only`, `device`.
+    """
+    source, name = parse_model_name(model_name)
+    if source is None:
+        _check_name(name)
+    if checkpoint_path and kwargs.get("features_only"):
+        raise ValueError(
+            "checkpoint_path loads whole models; for features_only pass pretrained=True and "
+            f"pretrained_cfg_overlay=dict(file={str(checkpoint_path)!r})."
+        )
+    try:
+        model = timm.create_model(
+            model_name,
+            pretrained=pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            cache_dir=cache_dir,
+            scriptable=scriptable,
+            exportable=exportable,
+            no_jit=no_jit,
+            **kwargs,
+        )
+    except RuntimeError as error:
+        unknown = str(error).removeprefix("Unknown model (").removesuffix(")")
+        if unknown == str(error):
+            raise
+        raise RuntimeError(f"{model_name} holds weights of an unknown architecture. {_advice(unknown)}") from error
+    if checkpoint_path:
+        load_weights(model, checkpoint_path)
+    return model
+
+
+def _check_name(name: str) -> None:
+    arch, _, tag = name.partition(".")
+    if not timm.is_model(arch):
+        raise RuntimeError(_advice(name))
+    tagged = get_arch_pretrained_cfgs(arch)
+    if tag and tagged and name not in tagged:
+        raise RuntimeError(f"{arch} has no weights tagged {tag!r}; its names are: {', '.join(tagged)}.")
+
+
+def _advice(name: str) -> str:
+    """One sentence that says a name is unknown and which right ones are near, ours before timm's."""
+    arch = name.partition(".")[0]
+    near = difflib.get_close_matches(name, list_models(include_tags=True), n=3, cutoff=0.6)
+    near += difflib.get_close_matches(arch, list_models(), n=3, cutoff=0.6)
+    near = list(dict.fromkeys(near)) or difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.75)
+    hint = f"did you mean {', '.join(near)}?" if near else "ssmvision.list_models() lists the names."
+    return f"There is no model named {name!r}; {hint}"
