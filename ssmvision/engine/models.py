@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.data.model_config import resolve_input_data_config
 from timm.models import get_pretrained_cfg_value
 from torch import nn
@@ -38,7 +39,8 @@ def image_size(args: Namespace) -> int | tuple[int, ...] | None:
 def build_model(args: Namespace, num_classes: int) -> nn.Module:
     """Makes the model that the arguments of a training run describe."""
     kwargs = dict(args.model_kwargs or {})
-    if image_size(args) and get_pretrained_cfg_value(args.model, "fixed_input_size"):
+    fixed_size = timm.is_model(args.model) and get_pretrained_cfg_value(args.model, "fixed_input_size")
+    if image_size(args) and fixed_size:
         kwargs.setdefault("img_size", image_size(args))
     return create_model(
         args.model,

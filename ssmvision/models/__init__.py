@@ -1,5 +1,5 @@
 """One file per family; importing this package registers them all with timm."""
 
-from . import vmamba
+from . import vim, vmamba
 
-__all__ = ["vmamba"]
+__all__ = ["vim", "vmamba"]
