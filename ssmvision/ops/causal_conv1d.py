@@ -3,12 +3,15 @@
 Letters: b batch, k route, d channel, l token, t step along a route, w width of the kernel.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _backend, cpu, reference
+from ._library import Kernel, empty_like_layout, expect, register
+
+MAX_WIDTH = 16  # as in cpu/causal_conv1d_kernel.h
 
 
 def causal_conv1d(
@@ -17,6 +20,7 @@ def causal_conv1d(
     bias: Optional[Tensor] = None,
     silu: bool = False,
     routes: Optional[Tensor] = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Depthwise causal convolution (Mamba, arXiv:2312.00752, figure 3) along one or several routes.
 
@@ -24,30 +28,106 @@ def causal_conv1d(
 
     Args:
         x: Tokens (b, d, l), shared by all routes.
-        weight: (k, d, w), or (d, w) for one pass over the tokens in order.
+        weight: (k, d, w), or (d, w) for one pass over the tokens in order; w is at most 16.
         bias: (k, d) or (d,).
         silu: Apply SiLU to the result.
         routes: int64 (k, l), permutations; see `ssmvision.ops.routes`. None goes 0, 1, 2, ...
+        backend: "auto", "cpu", "triton" or "reference"; see `ssmvision.ops.backend_info`.
 
     Returns:
-        (b, k, d, l), or (b, d, l) if weight is (d, w); tokens stay in their places.
+        (b, k, d, l), or (b, d, l) if weight is (d, w), in x's dtype; tokens stay in their places.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
-    return torch.ops.ssmvision.causal_conv1d(x, weight, bias, silu, routes)
+    return torch.ops.ssmvision.causal_conv1d(x, weight, bias, silu, routes, backend)
 
 
 def _composite(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, silu: bool = False, routes: Optional[Tensor] = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, silu: bool = False, routes: Optional[Tensor] = None,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Canonical shapes and float32 in, the caller's shapes and dtype out."""
     single = weight.dim() == 2
     if single:
         weight = weight.unsqueeze(0)
         bias = None if bias is None else bias.unsqueeze(0)
-    y = reference.causal_conv1d(x, weight, bias, silu, routes)
+    k, d, w = weight.shape
+    expect("causal_conv1d", "x", x, (x.shape[0], d, x.shape[-1]))
+    torch._check(0 < w <= MAX_WIDTH, lambda: f"causal_conv1d: the kernel may be 1 to {MAX_WIDTH} wide")
+    if bias is not None:
+        expect("causal_conv1d", "bias", bias, (k, d))
+    if routes is not None:
+        expect("causal_conv1d", "routes", routes, (k, x.shape[-1]))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.ops.ssmvision.causal_conv1d_forward(
+        x.unsqueeze(1).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), routes, silu, backend
+    ).to(x.dtype)
     return y.squeeze(1) if single else y
 
 
-_library = torch.library.Library("ssmvision", "FRAGMENT")
-_library.define(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, bool silu=False, Tensor? routes=None) -> Tensor"
+def _allocate(x: Tensor, weight: Tensor) -> Tensor:
+    return empty_like_layout(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], routes: Optional[Tensor], silu: bool, backend: str
+) -> Tensor:
+    y = _allocate(x, weight)
+    if _backend.resolve(backend, x.device, x.dtype) == "cpu":
+        return cpu.causal_conv1d(x, weight, bias, routes, silu, out=y)
+    with torch.autocast(x.device.type, enabled=False):
+        return y.copy_(reference.causal_conv1d(x, weight, bias, routes, silu))
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], routes: Optional[Tensor], silu: bool, backend: str
+) -> list[Tensor]:
+    grads = _allocate_grads(x, weight)
+    if _backend.resolve(backend, x.device, x.dtype) == "cpu":
+        found = cpu.causal_conv1d_backward(dy, x, weight, bias, routes, silu, dx=grads[0].zero_())
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            found = reference.causal_conv1d_backward(dy, x, weight, bias, routes, silu)
+    for grad, value in zip(grads, found, strict=True):
+        if value is not grad:
+            grad.copy_(value)
+    return grads
+
+
+def _allocate_grads(x: Tensor, weight: Tensor) -> list[Tensor]:
+    return [empty_like_layout(x, x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.silu, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
+    x, weight, bias, routes = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
+        dx, dw, db = reference.causal_conv1d_backward(dy, x, weight, bias, routes, ctx.silu)
+    else:
+        dx, dw, db = torch.ops.ssmvision.causal_conv1d_backward(dy, x, weight, bias, routes, ctx.silu, ctx.backend)
+    return dx, dw, None if bias is None else db, None, None, None
+
+
+_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? routes, bool silu, str backend"
+register(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, bool silu=False, Tensor? routes=None, "
+    "str backend='auto') -> Tensor",
+    _composite,
+    Kernel(
+        f"causal_conv1d_forward({_TENSORS}) -> Tensor",
+        _forward,
+        lambda x, weight, *_: _allocate(x, weight),
+    ),
+    Kernel(
+        f"causal_conv1d_backward(Tensor dy, {_TENSORS}) -> Tensor[]",
+        _backward,
+        lambda dy, x, weight, *_: _allocate_grads(x, weight),
+    ),
+    _autograd,
+    _setup_context,
 )
-_library.impl("causal_conv1d", _composite, "CompositeImplicitAutograd")

@@ -100,6 +100,44 @@ def selective_scan_backward(
     )
 
 
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Tensor | None, silu: bool) -> Tensor:
+    """Depthwise causal convolution along every route (Mamba, arXiv:2312.00752, figure 3).
+
+    Shapes: x (b, 1, d, l), weight (k, d, w), bias (k, d), routes (k, l). Returns (b, k, d, l).
+    """
+    y = _convolve(_windows(x, weight, routes), weight, bias)
+    return back_to_tokens(F.silu(y) if silu else y, routes, x.shape[-1])
+
+
+def causal_conv1d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, routes: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of `causal_conv1d`, itself differentiable: gradients of x, weight and bias."""
+    k, _, width = weight.shape
+    tokens = x.shape[-1]
+    windows = _windows(x, weight, routes)
+    grad = along_routes(dy, k, routes)
+    if silu:
+        y = _convolve(windows, weight, bias)
+        gate = torch.sigmoid(y)
+        grad = grad * gate * (1 + y * (1 - gate))
+    dwindows = grad.unsqueeze(-1) * weight[:, :, None]
+    dx = sum(F.pad(dwindows[..., j], (j, width - 1 - j)) for j in range(width))
+    dx = back_to_tokens(dx[..., width - 1 :], routes, tokens).sum(1, keepdim=True)
+    return dx, (grad.unsqueeze(-1) * windows).sum((0, 3)), grad.sum((0, 3))
+
+
+def _windows(x: Tensor, weight: Tensor, routes: Tensor | None) -> Tensor:
+    """What the kernel sees at each step: (b, k, d, l, w)."""
+    ordered = along_routes(x, weight.shape[0], routes)
+    return F.pad(ordered, (weight.shape[-1] - 1, 0)).unfold(-1, weight.shape[-1], 1)
+
+
+def _convolve(windows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = (windows * weight[:, :, None]).sum(-1)
+    return y if bias is None else y + bias[..., None]
+
+
 def along_routes(x: Tensor, k: int, routes: Tensor | None) -> Tensor:
     """Tokens (b, 1|k, ..., l) in the order in which each route visits them: (b, k, ..., t)."""
     x = x.expand(-1, k, *x.shape[2:])
@@ -140,16 +178,3 @@ def _per_group(x: Tensor, groups: int) -> Tensor:
 
 def _stack(states: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(states) if states else like.new_empty(0, *like.shape)
-
-
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, routes: Tensor | None) -> Tensor:
-    """Depthwise causal convolution along every route.
-
-    Shapes: x (b, d, l), weight (k, d, w), bias (k, d), routes (k, l). Returns (b, k, d, l).
-    """
-    k, d, width = weight.shape
-    ordered = along_routes(x.unsqueeze(1), k, routes).flatten(1, 2)
-    y = F.conv1d(F.pad(ordered, (width - 1, 0)), weight.flatten(0, 1).unsqueeze(1), groups=k * d).unflatten(1, (k, d))
-    if bias is not None:
-        y = y + bias[..., None]
-    return back_to_tokens(F.silu(y) if silu else y, routes, x.shape[-1])

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import _backend, cpu, reference
+from ._library import Kernel, empty_like_layout, expect, register
 
-CHUNK = 64  # steps between two saved states; must equal CHUNK in cpu/selective_scan.h
+CHUNK = 64  # steps between two saved states; must equal CHUNK in cpu/kernels.h
 
 
 def selective_scan(
@@ -125,48 +126,34 @@ def _check(
 ) -> None:  # fmt: skip
     b, ku, d, length = u.shape
     k, _, n = A.shape
-    _expect("u", u, (b, 1 if ku == 1 else k, A.shape[1], length))
+    expect("selective_scan", "u", u, (b, 1 if ku == 1 else k, A.shape[1], length))
     rank = d if dt_proj is None else dt_proj.shape[-1]
-    _expect("delta", delta, (b, k, rank, length))
+    expect("selective_scan", "delta", delta, (b, k, rank, length))
     for name, m in (("B", B), ("C", C)):
-        _expect(name, m, (b, k, m.shape[2] if m.dim() == 5 else 1, n, length))
+        expect("selective_scan", name, m, (b, k, m.shape[2] if m.dim() == 5 else 1, n, length))
         torch._check(d % m.shape[2] == 0, lambda: "selective_scan: groups must divide the channels")
     for name, p, shape in (
         ("D", D, (k, d)), ("delta_bias", delta_bias, (k, d)), ("dt_proj", dt_proj, (k, d, rank)),
         ("initial_state", initial_state, (b, k, d, n)), ("z", z, (b, d, length)),
     ):  # fmt: skip
         if p is not None:
-            _expect(name, p, shape)
+            expect("selective_scan", name, p, shape)
     if reset is not None:
-        _expect("reset", reset, (b, 1 if reset.shape[1] == 1 else k, length))
+        expect("selective_scan", "reset", reset, (b, 1 if reset.shape[1] == 1 else k, length))
         torch._check(reset.dtype == torch.bool, lambda: f"selective_scan: reset must be bool, not {reset.dtype}")
     if routes is not None:
-        _expect("routes", routes, (k, routes.shape[-1]))
+        expect("selective_scan", "routes", routes, (k, routes.shape[-1]))
         torch._check(routes.dtype == torch.int64, lambda: f"selective_scan: routes must be int64, not {routes.dtype}")
     torch._check(merge or z is None, lambda: "selective_scan: a gate z needs merge=True")
-
-
-def _expect(name: str, x: Tensor, shape: tuple[Any, ...]) -> None:
-    fits = x.dim() == len(shape) and all(have == want for have, want in zip(x.shape, shape, strict=True))
-    if not fits:
-        raise RuntimeError(f"selective_scan: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
 
 
 def _allocate(u: Tensor, A: Tensor, routes: Optional[Tensor], merge: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialized y, last state and checkpoints. Kernels, reference and fake tensors share these layouts."""
     (b, _, d, length), (k, _, n) = u.shape, A.shape
     steps = length if routes is None else routes.shape[1]
-    y = _empty_like_layout(u, (b, 1 if merge else k, d, length))
+    y = empty_like_layout(u, (b, 1 if merge else k, d, length))
     last = u.new_empty(b, k, n, d).transpose(-1, -2)
     return y, last, u.new_empty(b, k, (steps + CHUNK - 1) // CHUNK, n, d)
-
-
-def _empty_like_layout(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    """An uninitialized (b, k, d, l) tensor that keeps `x`'s habit: channels-last if x's channels are adjacent."""
-    b, k, d, length = shape
-    if x.stride(2) == 1:
-        return x.new_empty(b, k, length, d).transpose(-1, -2)
-    return x.new_empty(b, k, d, length)
 
 
 def _forward(
@@ -203,7 +190,7 @@ def _allocate_grads(
     def transposed(x: Tensor) -> Tensor:
         return u.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-2]).transpose(-1, -2)
 
-    grads = [_empty_like_layout(u, u.shape), _empty_like_layout(delta, delta.shape), *map(transposed, (A, B, C))]
+    grads = [empty_like_layout(u, u.shape), empty_like_layout(delta, delta.shape), *map(transposed, (A, B, C))]
     grads += [u.new_empty(0) if x is None else u.new_empty(x.shape) for x in (D, delta_bias, dt_proj)]
     return [*grads, u.new_empty(0) if initial_state is None else transposed(initial_state)]
 
@@ -235,7 +222,7 @@ def _backward_cpu(
     full = delta
     if dt_proj is not None:  # materialised for the time of this one call, as two matrix products per gradient need it
         full = (delta.transpose(-1, -2) @ dt_proj.transpose(-1, -2)).transpose(-1, -2)
-    du, dfull = (_empty_like_layout(x, x.shape) for x in (u, full))
+    du, dfull = (empty_like_layout(x, x.shape) for x in (u, full))
     if routes is not None and routes.shape[1] != u.shape[-1]:
         du.zero_()
         dfull.zero_()
@@ -244,7 +231,7 @@ def _backward_cpu(
     )
     ddelta, dproj = dfull, None
     if dt_proj is not None:
-        ddelta = _empty_like_layout(delta, delta.shape).copy_((dfull.transpose(-1, -2) @ dt_proj).transpose(-1, -2))
+        ddelta = empty_like_layout(delta, delta.shape).copy_((dfull.transpose(-1, -2) @ dt_proj).transpose(-1, -2))
         dproj = (dfull @ delta.transpose(-1, -2)).sum(0)
     return du, ddelta, dA, dB, dC, dD, dbias, dproj, None if initial_state is None else dinitial
 
@@ -270,32 +257,21 @@ def _autograd(ctx: Any, dy: Tensor, dlast: Optional[Tensor], _: Optional[Tensor]
     return (*grads, None, None, None, None, None)
 
 
-def _autocast(device_type: str) -> Any:
-    """Under autocast the scan runs as it is: it takes any mix of dtypes and keeps its state in float32."""
-
-    def call(*args: Any) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.ssmvision.selective_scan(*args)
-
-    return call
-
-
-_library = torch.library.Library("ssmvision", "FRAGMENT")
-_TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? dt_proj, " \
-    "Tensor? initial_state, Tensor? reset, Tensor? routes, bool delta_softplus, bool merge, str backend"  # fmt: skip
-_library.define(
+_TENSORS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? dt_proj, "
+    "Tensor? initial_state, Tensor? reset, Tensor? routes, bool delta_softplus, bool merge, str backend"
+)
+register(
     "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
     "Tensor? delta_bias=None, bool delta_softplus=False, Tensor? dt_proj=None, Tensor? initial_state=None, "
-    "Tensor? reset=None, Tensor? routes=None, bool merge=True, str backend='auto') -> (Tensor, Tensor)"
-)
-_library.define(f"selective_scan_forward({_TENSORS}) -> (Tensor, Tensor, Tensor)")
-_library.define(f"selective_scan_backward(Tensor dy, Tensor? dlast, Tensor checkpoints, {_TENSORS}) -> Tensor[]")
-_library.impl("selective_scan", _composite, "CompositeImplicitAutograd")
-for _device in ("cpu", "cuda"):
-    _library.impl("selective_scan", _autocast(_device), f"Autocast{_device.upper()}")
-for _name, _kernel, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake)):
-    _library.impl(f"selective_scan_{_name}", _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ssmvision::selective_scan_{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "ssmvision::selective_scan_forward", _autograd, setup_context=_setup_context, lib=_library
+    "Tensor? reset=None, Tensor? routes=None, bool merge=True, str backend='auto') -> (Tensor, Tensor)",
+    _composite,
+    Kernel(f"selective_scan_forward({_TENSORS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake),
+    Kernel(
+        f"selective_scan_backward(Tensor dy, Tensor? dlast, Tensor checkpoints, {_TENSORS}) -> Tensor[]",
+        _backward,
+        _backward_fake,
+    ),
+    _autograd,
+    _setup_context,
 )

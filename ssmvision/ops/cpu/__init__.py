@@ -8,7 +8,10 @@ from torch import Tensor
 
 from .build import NativeBuildError, ensure_library
 
-__all__ = ["NativeBuildError", "instruction_set", "load", "selective_scan", "selective_scan_backward"]
+__all__ = [
+    "NativeBuildError", "causal_conv1d", "causal_conv1d_backward", "instruction_set", "load", "selective_scan",
+    "selective_scan_backward",
+]  # fmt: skip
 
 _MIN_ELEMENTS_PER_TASK = 1 << 20  # about 0.3 ms of work: less is not worth waking a second thread
 
@@ -87,3 +90,25 @@ def selective_scan_backward(
         None if dbias is None else dbias.sum(0),
         dinitial.transpose(-1, -2),
     )
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, routes: Tensor | None, silu: bool, out: Tensor
+) -> Tensor:
+    """Fill and return `out`; shapes as in `ops.causal_conv1d._forward`, all float32."""
+    bias, routes, weight_ = _contiguous(bias, routes, weight.transpose(1, 2))
+    slices = _slices(x.shape[0], weight.shape[1], out.numel())
+    torch.ops.ssmvision_cpu.causal_conv1d(x, weight_, bias, routes, silu, slices, out)
+    return out
+
+
+def causal_conv1d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, routes: Tensor | None, silu: bool, dx: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add to the zeroed `dx`; return it and the gradients of weight and bias."""
+    bias, routes, weight_ = _contiguous(bias, routes, weight.transpose(1, 2))
+    (b, _, d, _), (k, _, width) = x.shape, weight.shape
+    dweight, dbias = x.new_empty(b, k, width, d), x.new_empty(b, k, d)
+    slices = _slices(b, d, dy.numel())
+    torch.ops.ssmvision_cpu.causal_conv1d_backward(dy, x, weight_, bias, routes, silu, slices, dx, dweight, dbias)
+    return dx, dweight.sum(0).transpose(1, 2), dbias.sum(0)

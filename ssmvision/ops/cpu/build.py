@@ -79,7 +79,7 @@ def _build(path: Path) -> None:
     if not (include / "torch" / "csrc" / "stable" / "library.h").exists():
         raise NativeBuildError(f"torch {torch.__version__} has no stable C ABI headers; torch >= 2.10 does")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        kernel = _SOURCES / "selective_scan_kernel.cpp"
+        kernel = _SOURCES / "kernels.cpp"
         units = {
             "library": [f"-DTORCH_TARGET_VERSION={_STABLE_ABI}", f"-I{include}", str(_SOURCES / "library.cpp")],
             **{isa: [*flags, f"-DISA={isa}", str(kernel)] for isa, flags in _supported_isas().items()},

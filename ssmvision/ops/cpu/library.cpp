@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "selective_scan.h"
+#include "kernels.h"
 
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
@@ -92,8 +92,8 @@ void describe(Scan& s, const Tensor& u, const Tensor& delta, const Tensor& A, co
 }
 
 // Calls task(ib, slice, d0, d1) for every sample and channel slice; slices start at multiples of 16 channels.
-template <class Task>
-void for_each_task(const Scan& s, const Task& task) {
+template <class Shape, class Task>
+void for_each_task(const Shape& s, const Task& task) {
   const int64_t blocks = (s.channels + 15) / 16;
   torch::stable::parallel_for(0, s.batch * s.slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -105,7 +105,7 @@ void for_each_task(const Scan& s, const Task& task) {
   });
 }
 
-void forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional bias, Optional projection,
+void scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional bias, Optional projection,
              Optional initial, Optional reset, Optional order, bool softplus, bool merge, int64_t slices, Tensor y,
              Tensor last, Tensor checkpoints) {
   Scan s;
@@ -113,10 +113,10 @@ void forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, O
   s.y = view(y);
   s.initial = floats(initial);
   s.last = floats(last);
-  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { kernels().forward(s, ib, d0, d1); });
+  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { kernels().scan_forward(s, ib, d0, d1); });
 }
 
-void backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D,
+void scan_backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D,
               Optional bias, Optional reset, Optional order, bool softplus, bool merge, int64_t slices,
               Tensor checkpoints, Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Optional dD,
               Optional dbias, Tensor dinitial) {
@@ -132,7 +132,41 @@ void backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tensor A, Tenso
   s.dD = floats(dD);
   s.dbias = floats(dbias);
   s.dinitial = floats(dinitial);
-  for_each_task(s, [&](int64_t ib, int64_t slice, int64_t d0, int64_t d1) { kernels().backward(s, ib, slice, d0, d1); });
+  for_each_task(s, [&](int64_t ib, int64_t slice, int64_t d0, int64_t d1) { kernels().scan_backward(s, ib, slice, d0, d1); });
+}
+
+// x (b, 1, d, l), weight (k, w, d), y (b, k, d, l)
+void describe(Conv& s, const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& order, bool silu,
+              int64_t slices) {
+  s.batch = x.size(0);
+  s.routes = weight.size(0);
+  s.width = weight.size(1);
+  s.channels = weight.size(2);
+  s.tokens = x.size(3);
+  s.silu = silu;
+  s.x = view(x);
+  s.weight = floats(weight);
+  s.bias = floats(bias);
+  s.order = order ? static_cast<const int64_t*>(order->data_ptr()) : nullptr;
+  s.slices = slices;
+}
+
+void conv_forward(Tensor x, Tensor weight, Optional bias, Optional order, bool silu, int64_t slices, Tensor y) {
+  Conv s;
+  describe(s, x, weight, bias, order, silu, slices);
+  s.y = view(y);
+  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { kernels().conv_forward(s, ib, d0, d1); });
+}
+
+void conv_backward(Tensor dy, Tensor x, Tensor weight, Optional bias, Optional order, bool silu, int64_t slices,
+                   Tensor dx, Tensor dweight, Tensor dbias) {
+  ConvGrad s;
+  describe(s, x, weight, bias, order, silu, slices);
+  s.dy = view(dy);
+  s.dx = view(dx);
+  s.dweight = floats(dweight);
+  s.dbias = floats(dbias);
+  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { kernels().conv_backward(s, ib, d0, d1); });
 }
 
 int64_t lanes() { return std::string(kernels().name) == "avx512" ? 16 : std::string(kernels().name) == "avx2" ? 8 : 4; }
@@ -150,12 +184,19 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
       "Tensor? D, Tensor? bias, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
       "Tensor checkpoints, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, "
       "Tensor(f!)? dD, Tensor(g!)? dbias, Tensor(h!) dinitial) -> ()");
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? order, bool silu, int slices, Tensor(a!) y) -> ()");
+  m.def(
+      "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? order, bool silu, int slices, "
+      "Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
   m.def("lanes() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
-  m.impl("selective_scan", TORCH_BOX(&ssmvision::forward));
-  m.impl("selective_scan_backward", TORCH_BOX(&ssmvision::backward));
+  m.impl("selective_scan", TORCH_BOX(&ssmvision::scan_forward));
+  m.impl("selective_scan_backward", TORCH_BOX(&ssmvision::scan_backward));
+  m.impl("causal_conv1d", TORCH_BOX(&ssmvision::conv_forward));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&ssmvision::conv_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CompositeExplicitAutograd, m) {

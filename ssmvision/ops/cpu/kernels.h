@@ -1,4 +1,4 @@
-// What the library hands to the kernels: pointers, strides (in elements) and sizes of one selective scan.
+// What the library hands to the kernels: pointers, strides (in elements) and sizes.
 // Letters: b batch, k route, d channel, n state, g group of channels, l token, t step along a route, r rank of delta.
 #pragma once
 #include <cstdint>
@@ -44,14 +44,29 @@ struct ScanGrad : Scan {
   float *dB, *dC;                    // (slices, b, k, g, l, n), zeroed: partial sums, added up by the caller
 };
 
-// One task: sample ib, channels [d0, d1), every route in turn (so that merged outputs have one writer).
-using ForwardTask = void (*)(const Scan&, int64_t ib, int64_t d0, int64_t d1);
-using BackwardTask = void (*)(const ScanGrad&, int64_t ib, int64_t slice, int64_t d0, int64_t d1);
+// Depthwise causal convolution of width `width` along every route.
+struct Conv {
+  int64_t batch, routes, channels, tokens, width;
+  bool silu;
+  View x, y;              // x is shared by all routes
+  const float* weight;    // (k, w, d)
+  const float* bias;      // (k, d) or null
+  const int64_t* order;   // (k, l) or null
+  int64_t slices;
+};
 
+struct ConvGrad : Conv {
+  View dy, dx;            // dx is zeroed
+  float *dweight, *dbias; // (b, k, w, d) and (b, k, d)
+};
+
+// One task: sample ib, channels [d0, d1), every route in turn (so that merged outputs have one writer).
 struct Kernels {
   const char* name;
-  ForwardTask forward;
-  BackwardTask backward;
+  void (*scan_forward)(const Scan&, int64_t ib, int64_t d0, int64_t d1);
+  void (*scan_backward)(const ScanGrad&, int64_t ib, int64_t slice, int64_t d0, int64_t d1);
+  void (*conv_forward)(const Conv&, int64_t ib, int64_t d0, int64_t d1);
+  void (*conv_backward)(const ConvGrad&, int64_t ib, int64_t d0, int64_t d1);
 };
 
 extern const Kernels kernels_generic;

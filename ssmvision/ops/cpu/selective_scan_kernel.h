@@ -1,98 +1,17 @@
-// The selective scan on one CPU core, compiled once per instruction set with -DISA=<name>.
+// The selective scan on one CPU core; included by kernels.cpp once per instruction set.
 //
 // Lanes run over channels, so the recurrence needs no horizontal sums; the state stays in registers; time goes in
 // chunks whose tiles stay in L1. Chunks are the outer loop and channel blocks the inner one, so B and C are gathered
-// once per chunk. A route is an index table: every load and store goes through `order`, nothing is permuted in memory.
-#include <algorithm>
+// once per chunk. A route is an index table: every load and store goes through it, nothing is permuted in memory.
+#pragma once
 #include <vector>
 
-#include "selective_scan.h"
-#include "simd.h"
-
-#define CONCAT_(a, b) a##b
-#define CONCAT(a, b) CONCAT_(a, b)
-#define STRING_(a) #a
-#define STRING(a) STRING_(a)
+#include "tiles.h"
 
 namespace ssmvision {
-namespace CONCAT(isa_, ISA) {
+namespace {
 
 constexpr float LOG2E = 1.44269504088896341f;
-
-// The tokens of one chunk of one route.
-struct Steps {
-  int64_t token[CHUNK];
-  int count;
-  bool raster;          // consecutive tokens: allows block transposes of channels-first tensors
-  bool reset[CHUNK];
-
-  Steps(const Scan& s, int64_t ib, int64_t ik, int64_t chunk) {
-    const int64_t begin = chunk * CHUNK;
-    count = int(std::min<int64_t>(CHUNK, s.steps - begin));
-    raster = s.order == nullptr;
-    for (int t = 0; t < count; ++t) token[t] = raster ? begin + t : s.order[ik * s.steps + begin + t];
-    const uint8_t* flags = s.reset ? s.reset + ib * s.reset_b + ik * s.reset_k : nullptr;
-    for (int t = 0; t < count; ++t) reset[t] = flags && flags[token[t]];
-  }
-};
-
-// tile[t] = channels d .. d + width of token t; lanes past `width` are zero.
-static void load_tile(vf* tile, const float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width) {
-  if (stride_c == 1 && width == LANES) {
-    for (int t = 0; t < s.count; ++t) tile[t] = load(p + s.token[t] * stride_l);
-    return;
-  }
-  int t = 0;
-  if (stride_l == 1 && s.raster && width == LANES) {
-    for (; t + LANES <= s.count; t += LANES) {
-      for (int i = 0; i < LANES; ++i) tile[t + i] = load(p + i * stride_c + s.token[t]);
-      transpose(tile + t);
-    }
-  }
-  for (; t < s.count; ++t) {
-    tile[t] = vf{};
-    for (int i = 0; i < width; ++i) tile[t][i] = p[i * stride_c + s.token[t] * stride_l];
-  }
-}
-
-static void store_tile(const vf* tile, float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width, bool add) {
-  if (stride_c == 1 && width == LANES) {
-    for (int t = 0; t < s.count; ++t) {
-      float* q = p + s.token[t] * stride_l;
-      store(q, add ? load(q) + tile[t] : tile[t]);
-    }
-    return;
-  }
-  int t = 0;
-  if (stride_l == 1 && s.raster && width == LANES) {
-    for (; t + LANES <= s.count; t += LANES) {
-      vf block[LANES];
-      for (int i = 0; i < LANES; ++i) block[i] = tile[t + i];
-      transpose(block);
-      for (int i = 0; i < LANES; ++i) {
-        float* q = p + i * stride_c + s.token[t];
-        store(q, add ? load(q) + block[i] : block[i]);
-      }
-    }
-  }
-  for (; t < s.count; ++t)
-    for (int i = 0; i < width; ++i) {
-      float& q = p[i * stride_c + s.token[t] * stride_l];
-      q = add ? q + tile[t][i] : tile[t][i];
-    }
-}
-
-static vf load_part(const float* p, int width) {
-  if (width == LANES) return load(p);
-  vf v{};
-  for (int i = 0; i < width; ++i) v[i] = p[i];
-  return v;
-}
-
-static void store_part(float* p, vf v, int width) {
-  if (width == LANES) return store(p, v);
-  for (int i = 0; i < width; ++i) p[i] = v[i];
-}
 
 // (d, rows) -> (rows, d) for the channels of one task, so that lanes load contiguous channels.
 static std::vector<float> channels_last(const float* p, int64_t d0, int64_t d1, int64_t rows, float scale) {
@@ -258,6 +177,8 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
   const std::vector<float> A2 = channels_last(s.A + ik * plane, d0, d1, s.states, LOG2E);
   // Softplus makes dt positive, so a non-positive A makes every factor at most 1.
   const bool decays = s.softplus && std::all_of(A2.begin(), A2.end(), [](float a) { return a <= 0.f; });
+  const int64_t* const order = s.order ? s.order + ik * s.steps : nullptr;
+  const uint8_t* const flags = s.reset ? s.reset + ib * s.reset_b + ik * s.reset_k : nullptr;
   float* const saved = s.checkpoints + bk * chunks * plane;
   float* const last = s.last + bk * plane;
   const float* const u = s.u.at(ib, s.shared_u ? 0 : ik);
@@ -271,7 +192,7 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
       (chunks ? saved : last)[n * s.channels + d] = s.initial ? s.initial[bk * plane + d * s.states + n] : 0.f;
 
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const Steps steps(s, ib, ik, chunk);
+    const Steps steps(order, s.steps, chunk, flags);
     const float* state = saved + chunk * plane;
     float* next = chunk + 1 < chunks ? saved + (chunk + 1) * plane : last;
     B.next_chunk();
@@ -300,7 +221,7 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
   }
 }
 
-static void forward(const Scan& s, int64_t ib, int64_t d0, int64_t d1) {
+static void scan_forward(const Scan& s, int64_t ib, int64_t d0, int64_t d1) {
   for (int64_t ik = 0; ik < s.routes; ++ik) {
     if (lanes_share_groups(s)) forward_route<SharedCoefficients>(s, ib, ik, d0, d1);
     else forward_route<LaneCoefficients>(s, ib, ik, d0, d1);
@@ -370,6 +291,8 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
   const int64_t chunks = (s.steps + CHUNK - 1) / CHUNK, plane = s.states * s.channels, slice = d1 - d0;
   const int64_t bk = ib * s.routes + ik;
   const std::vector<float> A = channels_last(s.A + ik * plane, d0, d1, s.states, 1.f);
+  const int64_t* const order = s.order ? s.order + ik * s.steps : nullptr;
+  const uint8_t* const flags = s.reset ? s.reset + ib * s.reset_b + ik * s.reset_k : nullptr;
   const float* const saved = s.checkpoints + bk * chunks * plane;
   float* const dstate = s.dinitial + bk * plane;  // doubles as the running gradient of the state
   float* const dA = s.dA + bk * plane;
@@ -392,7 +315,7 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
     if (s.dbias) s.dbias[bk * s.channels + d] = 0.f;
   }
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-    const Steps steps(s, ib, ik, chunk);
+    const Steps steps(order, s.steps, chunk, flags);
     B.next_chunk();
     C.next_chunk();
     delta.next_chunk(steps);
@@ -439,15 +362,12 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
   }
 }
 
-static void backward(const ScanGrad& s, int64_t ib, int64_t slice, int64_t d0, int64_t d1) {
+static void scan_backward(const ScanGrad& s, int64_t ib, int64_t slice, int64_t d0, int64_t d1) {
   for (int64_t ik = 0; ik < s.routes; ++ik) {
     if (lanes_share_groups(s)) backward_route<SharedCoefficients>(s, ib, ik, slice, d0, d1);
     else backward_route<LaneCoefficients>(s, ib, ik, slice, d0, d1);
   }
 }
 
-}  // namespace isa_<ISA>
-
-extern const Kernels CONCAT(kernels_, ISA) = {STRING(ISA), CONCAT(isa_, ISA)::forward, CONCAT(isa_, ISA)::backward};
-
+}  // namespace
 }  // namespace ssmvision

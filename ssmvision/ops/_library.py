@@ -1,0 +1,75 @@
+"""What operators share: how they are registered with torch, how shapes are checked, which layouts outputs have."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_NAMESPACE = "ssmvision"
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+
+class Kernel(NamedTuple):
+    """An operator that calls a backend: its schema, its implementation, and its shapes and strides for fake tensors."""
+
+    schema: str
+    call: Callable[..., Any]
+    fake: Callable[..., Any]
+
+
+def register(
+    schema: str,
+    composite: Callable[..., Any],
+    forward: Kernel,
+    backward: Kernel,
+    autograd: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> None:
+    """Register a public operator and the two canonical ones that do its work.
+
+    Args:
+        schema: Of the public operator.
+        composite: Brings its arguments to canonical form and calls `forward`.
+        forward: The canonical operator.
+        backward: Its gradient.
+        autograd: Backward formula of `forward`, with its saved tensors.
+        setup_context: Saves them.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, composite, "CompositeImplicitAutograd")
+    for device in ("cpu", "cuda"):
+        _library.impl(name, _without_autocast(name, device), f"Autocast{device.upper()}")
+    for kernel in (forward, backward):
+        kernel_name = kernel.schema.partition("(")[0]
+        _library.define(kernel.schema)
+        _library.impl(kernel_name, kernel.call, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{kernel_name}", kernel.fake, lib=_library)
+    canonical = f"{_NAMESPACE}::{forward.schema.partition('(')[0]}"
+    torch.library.register_autograd(canonical, autograd, setup_context=setup_context, lib=_library)
+
+
+def _without_autocast(name: str, device_type: str) -> Callable[..., Any]:
+    """Under autocast operators run as they are: they take any mix of dtypes and compute in float32."""
+
+    def call(*args: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return getattr(torch.ops.ssmvision, name)(*args)
+
+    return call
+
+
+def expect(operator: str, name: str, x: Tensor, shape: tuple[Any, ...]) -> None:
+    """Raise a RuntimeError that names the tensor and both shapes if `x` does not have `shape`."""
+    fits = x.dim() == len(shape) and all(have == want for have, want in zip(x.shape, shape, strict=True))
+    if not fits:
+        raise RuntimeError(f"{operator}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def empty_like_layout(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """An uninitialized (b, k, d, l) tensor that keeps `x`'s habit: channels-last if x's channels are adjacent."""
+    b, k, d, length = shape
+    if x.stride(2) == 1:
+        return x.new_empty(b, k, length, d).transpose(-1, -2)
+    return x.new_empty(b, k, d, length)
