@@ -75,13 +75,10 @@ class Unpickler(pickle._Unpickler):
         return type("Placeholder", (Placeholder,), {"origin": f"{module}.{name}"})
 
     def load_build(self) -> None:
-        """Set an object's state only where that is harmless: it could otherwise rewrite torch's own functions."""
-        state = self.stack.pop()
-        target = self.stack[-1]
+        """Drop the state of an object, which could otherwise rewrite torch's own functions."""
+        state, target = self.stack.pop(), self.stack[-1]
         if type(target) is OrderedDict and isinstance(state, dict):
             vars(target).update(state)  # the `_metadata` of a state dict
-        elif not isinstance(target, Placeholder):
-            raise UnpicklingError(f"the file sets the state of a {type(target).__name__}")
 
     dispatch[pickle.BUILD[0]] = load_build
 

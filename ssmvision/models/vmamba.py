@@ -428,7 +428,7 @@ def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMa
     feature_cls = "getter" if kwargs.get("out_norms") else "list"
     return build_model(
         VMamba, variant, pretrained, checkpoint_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": feature_cls}, **kwargs,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": feature_cls, "flatten_sequential": True}, **kwargs,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 // chunks whose tiles stay in L1. Chunks are the outer loop and channel blocks the inner one, so B and C are gathered
 // once per chunk. A route is an index table: every load and store goes through it, nothing is permuted in memory.
 #pragma once
+#include <cmath>
 #include <vector>
 
 #include "tiles.h"
@@ -135,8 +136,9 @@ struct Delta {
   }
 };
 
-// NS states advance together: they share the loads of dt, x and y, and hide each other's latency.
-template <int NS, bool DECAY, class Coefficients>
+// NS states advance together: they share the loads of dt, x and y, and hide each other's latency. BOUNDED: no exponent
+// of this block exceeds 126 in magnitude, which saves the comparisons.
+template <int NS, bool BOUNDED, class Coefficients>
 static void advance(const vf* dt, const vf* x, vf* y, vf* h, const vf* a2, const Coefficients& B, const Coefficients& C,
                     int64_t n, const Steps& steps) {
   vf state[NS];
@@ -145,7 +147,7 @@ static void advance(const vf* dt, const vf* x, vf* y, vf* h, const vf* a2, const
     vf out = y[t];
     const vf step = dt[t], drive = x[t];
     for (int i = 0; i < NS; ++i) {
-      const vf a = exp2v<DECAY>(step * a2[i]);
+      const vf a = BOUNDED ? exp2_product(step, a2[i]) : exp2v(step * a2[i]);
       if (__builtin_expect(steps.reset[t], 0)) state[i] = vf{};
       state[i] = a * state[i] + drive * B.get(t, n + i);
       out += state[i] * C.get(t, n + i);
@@ -159,13 +161,13 @@ static void advance(const vf* dt, const vf* x, vf* y, vf* h, const vf* a2, const
 template <int NS, class Coefficients>
 static void advance_states(const vf* dt, const vf* x, vf* y, const float* state, float* next, int64_t stride,
                            const float* A2, int64_t stride_a, const Coefficients& B, const Coefficients& C, int64_t n,
-                           const Steps& steps, int width, bool decays) {
+                           const Steps& steps, int width, bool bounded) {
   vf h[NS], a2[NS];
   for (int i = 0; i < NS; ++i) {
     h[i] = load_part(state + (n + i) * stride, width);
     a2[i] = load_part(A2 + (n + i) * stride_a, width);
   }
-  if (decays) advance<NS, true>(dt, x, y, h, a2, B, C, n, steps);
+  if (bounded) advance<NS, true>(dt, x, y, h, a2, B, C, n, steps);
   else advance<NS, false>(dt, x, y, h, a2, B, C, n, steps);
   for (int i = 0; i < NS; ++i) store_part(next + (n + i) * stride, h[i], width);
 }
@@ -175,8 +177,8 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
   const int64_t chunks = (s.steps + CHUNK - 1) / CHUNK, plane = s.states * s.channels, slice = d1 - d0;
   const int64_t bk = ib * s.routes + ik;
   const std::vector<float> A2 = channels_last(s.A + ik * plane, d0, d1, s.states, LOG2E);
-  // Softplus makes dt positive, so a non-positive A makes every factor at most 1.
-  const bool decays = s.softplus && std::all_of(A2.begin(), A2.end(), [](float a) { return a <= 0.f; });
+  float steepest = 0.f;
+  for (const float a : A2) steepest = std::max(steepest, std::abs(a));
   const int64_t* const order = s.order ? s.order + ik * s.steps : nullptr;
   const uint8_t* const flags = s.reset ? s.reset + ib * s.reset_b + ik * s.reset_k : nullptr;
   float* const saved = s.checkpoints + bk * chunks * plane;
@@ -203,19 +205,22 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
       load_tile(x, u + d * s.u.c, s.u.c, s.u.l, steps, width);
       delta.load(dt, steps, d, width);
       const vf skip = s.D ? load_part(s.D + ik * s.channels + d, width) : vf{};
+      vf largest{};
       for (int t = 0; t < steps.count; ++t) {
         if (s.softplus) dt[t] = softplus(dt[t]);
+        largest = vmax(largest, vmax(dt[t], -dt[t]));
         y[t] = skip * x[t];
         x[t] *= dt[t];
       }
+      const bool bounded = hmax(largest) * steepest <= 126.f;  // false if NaN
       B.load(steps, d, width);
       C.load(steps, d, width);
       const float* a2 = &A2[size_t(d - d0)];
       int64_t n = 0;
       for (; n + 4 <= s.states; n += 4)
-        advance_states<4>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, decays);
+        advance_states<4>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
       for (; n < s.states; ++n)
-        advance_states<1>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, decays);
+        advance_states<1>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
       store_tile(y, out + d * s.y.c, s.y.c, s.y.l, steps, width, s.merge && ik > 0);
     }
   }

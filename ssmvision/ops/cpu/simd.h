@@ -33,29 +33,43 @@ static inline vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 #endif
+static inline float hmax(vf v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
 static inline float hsum(vf v) {
   float s = 0;
   for (int i = 0; i < LANES; ++i) s += v[i];
   return s;
 }
 
-// 2^x, relative error 1e-7 (degree-5 polynomial, constant term exactly 1, so that a decay of 2^0 never drifts over
-// thousands of steps). Far below 2^-126 the result is a positive number under 1e-37; NaN stays NaN. With DECAY the
-// caller knows that x <= 0 and one comparison is saved.
-template <bool DECAY = false>
-static inline vf exp2v(vf x) {
-  if (!DECAY) x = vmin(splat(127.f), x);  // constant first: NaN passes through
-  x = vmax(splat(-126.f), x);
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  const vf shifted = x + magic;
-  const vf f = x - (shifted - magic);
+// 2^f for f in [-1/2, 1/2], relative error 1e-7; the constant term is exactly 1, so that a decay of 2^0 never drifts
+// over thousands of steps.
+static inline vf exp2_fraction(vf f) {
   vf p = splat(0.00132647273f);
   p = p * f + splat(0.00967151299f);
   p = p * f + splat(0.0555073358f);
   p = p * f + splat(0.240222424f);
   p = p * f + splat(0.693147004f);
-  p = p * f + splat(1.f);
-  return (vf)((vi)p + ((vi)shifted << 23));
+  return p * f + splat(1.f);
+}
+
+// Adding 1.5 * 2^23 rounds a number to an integer and leaves that integer in the low bits of the mantissa.
+constexpr float ROUNDER = 12582912.f;
+static inline vf scale_exponent(vf p, vf rounded) { return (vf)((vi)p + ((vi)rounded << 23)); }
+
+// 2^x for any x. Far below 2^-126 the result is a positive number under 1e-37; NaN stays NaN.
+static inline vf exp2v(vf x) {
+  x = vmax(splat(-126.f), vmin(splat(127.f), x));  // constants first: NaN passes through
+  const vf rounded = x + splat(ROUNDER);
+  return scale_exponent(exp2_fraction(x - (rounded - splat(ROUNDER))), rounded);
+}
+
+// 2^(a b) where |a b| <= 126 is known: no comparisons, and the product is never rounded.
+static inline vf exp2_product(vf a, vf b) {
+  const vf rounded = a * b + splat(ROUNDER);
+  return scale_exponent(exp2_fraction(a * b - (rounded - splat(ROUNDER))), rounded);
 }
 
 // log(1 + e) for e in [0, 1], as 2 atanh(e / (2 + e)): no cancellation for small e.
@@ -70,7 +84,7 @@ static inline vf log1pv(vf e) {
   return (s + s) * p;
 }
 
-static inline vf exp_neg_abs(vf x) { return exp2v<true>(vmin(-x, x) * splat(1.44269504f)); }
+static inline vf exp_neg_abs(vf x) { return exp2v(vmin(-x, x) * splat(1.44269504f)); }
 static inline vf softplus(vf x) { return vmax(splat(0.f), x) + log1pv(exp_neg_abs(x)); }
 static inline vf sigmoid(vf x) {
   const vf e = exp_neg_abs(x), one = splat(1.f);

@@ -1,0 +1,75 @@
+"""Write `model_cards/<arch>.<tag>.md` for every registered weight.
+
+python tools/model_cards.py            write the cards
+python tools/model_cards.py --check    exit 1 if a card differs from what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import timm
+from timm.models import model_entrypoint
+
+from ssmvision import create_model, list_models
+from ssmvision.hub import Published, render_card
+
+CARDS = Path(__file__).resolve().parents[1] / "model_cards"
+
+
+def render_all() -> dict[str, str]:
+    """The card of every registered weight, by file name."""
+    return {f"{name}.md": _render(name) for name in list_models(pretrained=True)}
+
+
+def _render(name: str) -> str:
+    cfg = timm.models.get_arch_pretrained_cfgs(name)[name].to_dict()
+    return render_card(name, cfg, _published(name), _parameters(cfg["architecture"]))
+
+
+def _published(name: str) -> Published:
+    family = sys.modules[model_entrypoint(name).__module__]
+    published = getattr(family, "PUBLISHED", {}).get(name)
+    if published is None:
+        raise LookupError(f"{family.__name__}.PUBLISHED says nothing about {name}.")
+    return published
+
+
+@cache
+def _parameters(arch: str) -> int:
+    return sum(parameter.numel() for parameter in create_model(arch, device="meta").parameters())
+
+
+def differences(wanted: dict[str, str], folder: Path) -> list[str]:
+    """Names of the cards in a folder that are absent, outdated or of no registered weight."""
+    found = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check the cards."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if any card differs")
+    parser.add_argument("--folder", type=Path, default=CARDS, help="where the cards are")
+    args = parser.parse_args(argv)
+    wanted = render_all()
+    changed = differences(wanted, args.folder)
+    if args.check:
+        print("\n".join(f"{name} differs; run tools/model_cards.py" for name in changed) or "all cards are up to date")
+        return 1 if changed else 0
+    args.folder.mkdir(exist_ok=True)
+    for name in changed:
+        if name in wanted:
+            (args.folder / name).write_text(wanted[name], encoding="utf-8")
+        else:
+            (args.folder / name).unlink()
+    print(f"{len(wanted)} cards, {len(changed)} changed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
