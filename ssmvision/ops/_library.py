@@ -62,9 +62,13 @@ def _without_autocast(name: str, device_type: str) -> Callable[..., Any]:
 
 def expect(operator: str, name: str, x: Tensor, shape: tuple[Any, ...]) -> None:
     """Raise a RuntimeError that names the tensor and both shapes if `x` does not have `shape`."""
-    fits = x.dim() == len(shape) and all(have == want for have, want in zip(x.shape, shape, strict=True))
-    if not fits:
+    if tuple(x.shape) != shape:
         raise RuntimeError(f"{operator}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def cast(x: Tensor | None, dtype: torch.dtype) -> Any:
+    """`x.to(dtype)` that costs nothing where nothing is to do."""
+    return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
 def empty_like_layout(x: Tensor, shape: tuple[Any, ...]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, cpu, reference
-from ._library import Kernel, empty_like_layout, expect, register
+from ._library import Kernel, cast, empty_like_layout, expect, register
 
 MAX_WIDTH = 16  # as in cpu/causal_conv1d_kernel.h
 
@@ -54,15 +54,17 @@ def _composite(
         bias = None if bias is None else bias.unsqueeze(0)
     k, d, w = weight.shape
     expect("causal_conv1d", "x", x, (x.shape[0], d, x.shape[-1]))
-    torch._check(0 < w <= MAX_WIDTH, lambda: f"causal_conv1d: the kernel may be 1 to {MAX_WIDTH} wide")
+    if not 0 < w <= MAX_WIDTH:
+        raise RuntimeError(f"causal_conv1d: the kernel may be 1 to {MAX_WIDTH} wide, not {w}")
     if bias is not None:
         expect("causal_conv1d", "bias", bias, (k, d))
     if routes is not None:
         expect("causal_conv1d", "routes", routes, (k, x.shape[-1]))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.ops.ssmvision.causal_conv1d_forward(
-        x.unsqueeze(1).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), routes, silu, backend
-    ).to(x.dtype)
+        cast(x.unsqueeze(1), dtype), cast(weight, dtype), cast(bias, dtype), routes, silu, backend
+    )
+    y = cast(y, x.dtype)
     return y.squeeze(1) if single else y
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, cpu, reference
-from ._library import Kernel, empty_like_layout, expect, register
+from ._library import Kernel, cast, empty_like_layout, expect, register
 
 CHUNK = 64  # steps between two saved states; must equal CHUNK in cpu/kernels.h
 
@@ -101,15 +101,14 @@ def _composite(
         reset = reset.unsqueeze(1)
     _check(x, delta, A, B, C, D, z, delta_bias, dt_proj, initial_state, reset, routes, merge)
     y, last, _ = torch.ops.ssmvision.selective_scan_forward(
-        x.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), *(
-            None if p is None else p.to(dtype) for p in (D, delta_bias, dt_proj, initial_state)
-        ), reset, routes, delta_softplus, merge, backend,
+        *(cast(t, dtype) for t in (x, delta, A, B, C, D, delta_bias, dt_proj, initial_state)),
+        reset, routes, delta_softplus, merge, backend,
     )  # fmt: skip
     if merge or not routed:
         y = y.squeeze(1)
     if z is not None:
-        y = y * torch.nn.functional.silu(z.to(dtype))
-    return y.to(u.dtype), last if routed else last.squeeze(1)
+        y = y * torch.nn.functional.silu(cast(z, dtype))
+    return cast(y, u.dtype), last if routed else last.squeeze(1)
 
 
 def _grouped(m: Tensor, u: Tensor) -> Tensor:
@@ -124,27 +123,35 @@ def _check(
     delta_bias: Optional[Tensor], dt_proj: Optional[Tensor], initial_state: Optional[Tensor], reset: Optional[Tensor],
     routes: Optional[Tensor], merge: bool,
 ) -> None:  # fmt: skip
-    b, ku, d, length = u.shape
-    k, _, n = A.shape
-    expect("selective_scan", "u", u, (b, 1 if ku == 1 else k, A.shape[1], length))
+    (b, ku, _, length), (k, d, n) = u.shape, A.shape
     rank = d if dt_proj is None else dt_proj.shape[-1]
-    expect("selective_scan", "delta", delta, (b, k, rank, length))
-    for name, m in (("B", B), ("C", C)):
-        expect("selective_scan", name, m, (b, k, m.shape[2] if m.dim() == 5 else 1, n, length))
-        torch._check(d % m.shape[2] == 0, lambda: "selective_scan: groups must divide the channels")
-    for name, p, shape in (
-        ("D", D, (k, d)), ("delta_bias", delta_bias, (k, d)), ("dt_proj", dt_proj, (k, d, rank)),
-        ("initial_state", initial_state, (b, k, d, n)), ("z", z, (b, d, length)),
-    ):  # fmt: skip
-        if p is not None:
-            expect("selective_scan", name, p, shape)
+    for name, x, shape in (
+        ("u", u, (b, 1 if ku == 1 else k, d, length)),
+        ("delta", delta, (b, k, rank, length)),
+        ("B", B, (b, k, B.shape[2], n, length)),
+        ("C", C, (b, k, C.shape[2], n, length)),
+        ("D", D, (k, d)),
+        ("z", z, (b, d, length)),
+        ("delta_bias", delta_bias, (k, d)),
+        ("dt_proj", dt_proj, (k, d, rank)),
+        ("initial_state", initial_state, (b, k, d, n)),
+    ):
+        if x is not None:
+            expect("selective_scan", name, x, shape)
+    if d % B.shape[2] or d % C.shape[2]:
+        raise RuntimeError(
+            f"selective_scan: the groups of B ({B.shape[2]}) and C ({C.shape[2]}) must divide {d} channels"
+        )
     if reset is not None:
         expect("selective_scan", "reset", reset, (b, 1 if reset.shape[1] == 1 else k, length))
-        torch._check(reset.dtype == torch.bool, lambda: f"selective_scan: reset must be bool, not {reset.dtype}")
+        if reset.dtype != torch.bool:
+            raise RuntimeError(f"selective_scan: reset must be bool, not {reset.dtype}")
     if routes is not None:
         expect("selective_scan", "routes", routes, (k, routes.shape[-1]))
-        torch._check(routes.dtype == torch.int64, lambda: f"selective_scan: routes must be int64, not {routes.dtype}")
-    torch._check(merge or z is None, lambda: "selective_scan: a gate z needs merge=True")
+        if routes.dtype != torch.int64:
+            raise RuntimeError(f"selective_scan: routes must be int64, not {routes.dtype}")
+    if z is not None and not merge:
+        raise RuntimeError("selective_scan: a gate z needs merge=True")
 
 
 def _allocate(u: Tensor, A: Tensor, routes: Optional[Tensor], merge: bool) -> tuple[Tensor, Tensor, Tensor]:
