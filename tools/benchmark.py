@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler reports a missing GPU as an error
 
 import torch
 
@@ -87,7 +90,8 @@ def print_pair(yardstick: str, ours: str, size: int, train: bool, repeats: int) 
     if not train:
         line += f"; scan share {100 * benchmark.scan_share(*models[ours]):.0f} %"
         peaks = {name: benchmark.peak_memory(name, size) for name in (ours, yardstick)}
-        line += f"; peak memory {peaks[ours]:.0f} MiB, {yardstick} {peaks[yardstick]:.0f} MiB"
+        if all(peaks.values()):
+            line += f"; peak memory {peaks[ours]:.0f} MiB, {yardstick} {peaks[yardstick]:.0f} MiB"
     print(line, flush=True)
 
 

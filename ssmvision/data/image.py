@@ -91,7 +91,7 @@ def open_image_folder(
         find: Finds broken files among paths.
     """
     check_class_folders(folder)
-    dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=None)
+    dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode="")
     reader = dataset.reader
     found = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
     if class_names is not None:
@@ -115,7 +115,7 @@ def open_image_folder(
 def open_dataset(root: str | Path, name: str, split: str, download: bool = False) -> ImageSource:
     """Opens a data set by timm's name, for example `torch/cifar10` or `hfds/user/set`."""
     try:
-        dataset = create_dataset(name, root=str(root), split=split, download=download, input_img_mode=None)
+        dataset = create_dataset(name, root=str(root), split=split, download=download, input_img_mode="")
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise DataError(f"Cannot open data set {name!r}, split {split!r}: {error}") from error
     if isinstance(dataset, IterableDataset):
@@ -152,8 +152,9 @@ def image_mode(in_chans: int) -> str:
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C and batch systems signal the whole group; the main process still needs its workers for the present step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def create_image_loader(

@@ -27,16 +27,17 @@ def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Seeds Python's, numpy's and torch's generators for one sample, and puts them back afterwards."""
     words = np.random.SeedSequence((seed, epoch, index))
     python_seed, torch_seed = words.generate_state(2).tolist()
-    saved = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    current, swap = np.random.get_bit_generator, np.random.set_bit_generator  # type: ignore[attr-defined]
+    saved = random.getstate(), current(), torch.get_rng_state()
     random.seed(python_seed)
-    np.random.set_bit_generator(np.random.PCG64(words))  # swapping costs a twentieth of saving and loading the state
+    swap(np.random.PCG64(words))  # a twentieth of the time that saving and loading the state takes
     # The default CPU generator only: torch.manual_seed would also touch the accelerator's, which belongs to the model.
     torch.default_generator.manual_seed(torch_seed)
     try:
         yield
     finally:
         random.setstate(saved[0])
-        np.random.set_bit_generator(saved[1])
+        swap(saved[1])
         torch.set_rng_state(saved[2])
 
 
@@ -63,11 +64,12 @@ class SeededDataset(Dataset):
         epoch, index = key
         try:
             image, target = self.dataset[index]
+            image = to_mode(image, self.image_mode)  # Pillow decodes here, not when it opens the file
         except (OSError, RuntimeError) as error:
             name = self.dataset.filename(index) if hasattr(self.dataset, "filename") else f"number {index}"
             raise DataError(f"Image {name} was readable before training and is not any more.") from error
         with sample_rng(self.seed, epoch, index):
-            return self.transform(to_mode(image, self.image_mode)), int(target)
+            return self.transform(image), int(target)
 
 
 class PositionedBatchSampler(Sampler[list[SampleKey]]):
@@ -104,7 +106,7 @@ class PositionedBatchSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, global_batch = self.epoch, self.batch_size * self.world_size
-        order = range(self.length)
+        order: range | np.ndarray = range(self.length)
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
         for batch in range(self.start, len(self)):

@@ -208,21 +208,31 @@ def scan_share(model: nn.Module, image: Tensor) -> float:
 
 
 _PEAK = """
-import resource, sys, torch
-from ssmvision.engine.benchmark import build, model_call
+import torch
+from ssmvision.engine.benchmark import build, model_call, resident
 torch.set_num_threads(1)
+model_call(*build({name!r}, 224, False), False)()  # libraries allocate for themselves on first use
 model, image = build({name!r}, {size}, False)
-warm, _ = build({name!r}, 224, False)
-model_call(warm, torch.randn(1, 3, 224, 224), False)()  # libraries allocate for themselves on first use
-del warm
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+open("/proc/self/clear_refs", "w").write("5")  # forget earlier peaks
+before = resident("VmRSS")
 model_call(model, image, False)()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(resident("VmHWM") - before)
 """
 
 
-def peak_memory(name: str, image_size: int) -> float:
-    """MiB by which one forward pass at batch 1 raises the peak memory of a fresh process."""
+def resident(field: str) -> int:
+    """A memory figure of this process from the kernel, in KiB (Linux)."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+
+def peak_memory(name: str, image_size: int) -> float | None:
+    """MiB that one forward pass at batch 1 needs at its peak, in a fresh process; None where that is not measured.
+
+    Weights and the image are not counted. Large blocks are made to return to the system when they are freed, so that
+    the resident set follows what is alive.
+    """
     code = _PEAK.format(name=name, size=image_size)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(result.stdout.split()[-1]) / (1024 if sys.platform != "darwin" else 1 << 20)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    return int(result.stdout.split()[-1]) / 1024 if result.returncode == 0 else None

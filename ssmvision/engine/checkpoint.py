@@ -24,7 +24,7 @@ class ResumeError(UserError):
     """A checkpoint cannot be read, or belongs to another run."""
 
 
-def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
+def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file so that `path` holds the old or the new content at any moment, also after a power cut."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -67,10 +67,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """Returns the states of Python's, numpy's and torch's generators as plain types and tensors."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (timm's Mixup draws from the global generator)
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (timm's Mixup draws from the global generator)
     state = {
         "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *(rest)],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":

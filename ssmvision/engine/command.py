@@ -25,6 +25,11 @@ def run_command(work: Callable[[], Any]) -> int:
     except torch.OutOfMemoryError as error:
         _say(f"error: Out of memory: lower --batch-size or set --grad-checkpointing. ({str(error).splitlines()[0]})")
         return 2
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        _say(f"error: A process that reads images died, most often for lack of memory; lower --workers. ({error})")
+        return 2
     except Interrupted as stop:
         _say(f"{stop}; the state is saved, --resume auto continues from it")
         return stop.exit_code

@@ -21,8 +21,11 @@ class ModelError(UserError):
     """A model cannot be made or its weights do not fit."""
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """As `ssmvision.create_model`, with failures that the user can repair as `ModelError`."""
+def create_model(name: str, **kwargs: Any) -> Any:
+    """As `ssmvision.create_model`, with failures that the user can repair as `ModelError`.
+
+    Typed Any: timm gives every model attributes (`num_classes`, `pretrained_cfg`) that `nn.Module` does not declare.
+    """
     try:
         return ssmvision.create_model(name, **kwargs)
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
@@ -36,7 +39,7 @@ def image_size(args: Namespace) -> int | tuple[int, ...] | None:
     return tuple(args.input_size[1:]) if args.input_size else args.img_size
 
 
-def build_model(args: Namespace, num_classes: int) -> nn.Module:
+def build_model(args: Namespace, num_classes: int) -> Any:
     """Makes the model that the arguments of a training run describe."""
     kwargs = dict(args.model_kwargs or {})
     fixed_size = timm.is_model(args.model) and get_pretrained_cfg_value(args.model, "fixed_input_size")
@@ -62,7 +65,7 @@ def data_config(model: nn.Module, args: Namespace) -> dict[str, Any]:
         raise ModelError(f"The model cannot take such images: {error}") from error
 
 
-def load_trained(args: Namespace) -> tuple[nn.Module, list[str] | None]:
+def load_trained(args: Namespace) -> tuple[Any, list[str] | None]:
     """Loads what validation and prediction run: the model and its class names.
 
     `args.model` is a name, an exported folder or a run's folder; with `args.checkpoint` from a training run everything

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.utils import random_seed
 
-from ssmvision.data import ImageSource, UserError, create_image_loader, find_bad_images, open_train_val, to_mode
+from ssmvision.data import (
+    ImageSource,
+    SeededDataset,
+    UserError,
+    create_image_loader,
+    find_bad_images,
+    open_train_val,
+    to_mode,
+)
 from ssmvision.data.check import describe_bad_images
 
 from .checkpoint import load_checkpoint
@@ -82,7 +90,9 @@ def _create_trainer(
     config = data_config(model, args)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    model.to(ranks.device, memory_format=torch.channels_last if args.channels_last else None)
+    model.to(ranks.device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
     random_seed(args.seed, 1 + ranks.rank)  # dropout and Mixup of its own in every process
     shared = {
         "workers": args.workers,
@@ -152,14 +162,14 @@ def _finish(trainer: Trainer, folder: RunFolder, val_source: ImageSource) -> Non
 
 @torch.inference_mode()
 def _draw_samples(trainer: Trainer, source: ImageSource, path: Path, count: int = 24) -> None:
-    model, loader = trainer.eval_model.eval(), trainer.val_loader
+    model, dataset = trainer.eval_model.eval(), cast(SeededDataset, trainer.val_loader.dataset)
     indices = sorted({int(i) for i in torch.linspace(0, len(source) - 1, count)})
-    samples = [loader.dataset[0, index] for index in indices]
+    samples = [dataset[0, index] for index in indices]
     device = trainer.ranks.device
     predicted = torch.cat([model(image[None].to(device)).argmax(1).cpu() for image, _ in samples]).tolist()
     targets = [target for _, target in samples]
     names = source.class_names or [str(number) for number in range(trainer.args.num_classes)]
     wrong = [p != t for p, t in zip(predicted, targets, strict=True)]
     titles = [f"{names[p]}\n(is {names[t]})" if p != t else names[p] for p, t in zip(predicted, targets, strict=True)]
-    images = [to_mode(source.dataset[index][0], loader.dataset.image_mode) for index in indices]
+    images = [to_mode(source.dataset[index][0], dataset.image_mode) for index in indices]
     draw_predictions(images, titles, path, wrong)

@@ -69,7 +69,7 @@ class Trainer:
         self.optimizer, self.scheduler = _optimizer_and_schedule(args, model, len(train_loader))
         needs_scaling = args.amp and args.amp_dtype == "float16" and ranks.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=needs_scaling)
-        self.forward = _wrap(model, args, ranks)
+        self.forward: Any = _wrap(model, args, ranks)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -288,8 +288,8 @@ def _mixup_and_loss(args: Namespace) -> tuple[Mixup | None, nn.Module]:
     return mixup, create_classification_loss(soft_targets=True)
 
 
-def _wrap(model: nn.Module, args: Namespace, ranks: Ranks) -> nn.Module:
-    forward = torch.compile(model) if args.torchcompile else model
+def _wrap(model: nn.Module, args: Namespace, ranks: Ranks) -> Any:
+    forward: Any = torch.compile(model) if args.torchcompile else model
     if not ranks.distributed:
         return forward
     return DistributedDataParallel(forward, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)

@@ -96,8 +96,9 @@ class BiMamba(nn.Module):
             dt_proj=torch.stack([self.dt_proj.weight, self.dt_proj_b.weight]),
             routes=routes,
         )  # fmt: skip
-        # Projected only now, so that the gate does not wait in memory; the routes' sum commutes with it.
-        z = F.silu(F.linear(x, self.in_proj.weight[self.d_inner :]))
+        del u, delta, b, c
+        # Projected only now, so that the gate does not wait in memory; it commutes with the sum of the routes.
+        z = F.silu(F.linear(x, self.in_proj.weight[self.d_inner :]), inplace=True)
         return self.out_proj(y.transpose(1, 2) * z) * self.scale
 
 
