@@ -1,10 +1,10 @@
 import pytest
 import timm
 import yaml
-from ssmvision_tools import model_cards
 
 import ssmvision
 from ssmvision.hub import Published, render_card
+from ssmvision_tools import model_cards
 
 CFG = {
     "input_size": (3, 224, 224),

@@ -103,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.what == "ops":
         print_ops(args.shapes or tuple(benchmark.OPS), args.repeats or 30)
         return 0
-    pairs = PAIRS
+    pairs = list(PAIRS)
     if args.models:
         yardstick, *others = args.models
-        pairs = tuple((yardstick, name, args.img_size, args.train) for name in others)
+        pairs = [(yardstick, name, args.img_size, args.train) for name in others]
     for yardstick, ours, size, train in pairs:
         print_pair(yardstick, ours, size, train, args.repeats or 7)
     return 0

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +181,7 @@ def exp_limit(elements: int = 1 << 14, repeats: int = 200) -> float:
 
 def build(name: str, image_size: int, train: bool) -> tuple[nn.Module, Tensor]:
     """A model with random weights and one image."""
-    kwargs = {"img_size": image_size} if name.startswith(("vit_", "deit_", "vim_")) and image_size != 224 else {}
+    kwargs: Any = {"img_size": image_size} if name.startswith(("vit_", "deit_", "vim_")) and image_size != 224 else {}
     model = create_model(name, **kwargs).train(train)
     return model, torch.randn(1, 3, image_size, image_size)
 

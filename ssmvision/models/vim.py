@@ -126,9 +126,9 @@ class Vim(nn.Module):
         def norm() -> nn.Module:
             return RmsNorm(embed_dim, eps=1e-5, **dd) if rms_norm else nn.LayerNorm(embed_dim, eps=1e-5, **dd)
 
+        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         self.layers = nn.ModuleList(
-            VimBlock(embed_dim, BiMamba(embed_dim, d_state, merge=merge, **dd), norm(), rate)
-            for rate in calculate_drop_path_rates(drop_path_rate, depth)
+            VimBlock(embed_dim, BiMamba(embed_dim, d_state, merge=merge, **dd), norm(), rate) for rate in rates
         )
         self.norm_f = norm()
         self.head_drop = nn.Dropout(drop_rate)
@@ -140,15 +140,17 @@ class Vim(nn.Module):
         """Initialize; with `needs_reset` also what layers initialize themselves (after `to_empty`)."""
         if needs_reset:
             named_apply(_reset_parameters, self)
-        lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        proj: Any = self.patch_embed.proj
+        lecun_normal_(proj.weight)
+        nn.init.zeros_(proj.bias)
         for token in (self.cls_token, self.pos_embed):
             if token is not None:
                 trunc_normal_(token, std=0.02)
         with torch.no_grad():
-            for block in self.layers:
-                nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=math.sqrt(5))
-                block.mixer.out_proj.weight /= math.sqrt(len(self.layers))
+            mixers: Any = [block.mixer for block in self.layers]
+            for mixer in mixers:
+                nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
+                mixer.out_proj.weight /= math.sqrt(len(mixers))
         _init_head(self.head)
 
     @torch.jit.ignore
@@ -322,7 +324,7 @@ def _reset_parameters(module: nn.Module, name: str = "") -> None:
         module.reset_parameters()
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: Any) -> Dict[str, Tensor]:
     """Keys are the official ones; only the position embedding may need another grid."""
     pos_embed, target = state_dict.get("pos_embed"), getattr(model, "pos_embed", None)
     if pos_embed is None or target is None or pos_embed.shape[1] == target.shape[1]:
@@ -391,7 +393,7 @@ PUBLISHED = {
 }
 
 
-def _cfg(**fields: Any) -> Dict[str, Any]:
+def _cfg(**fields: Any) -> Any:
     common = {
         "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0",
         "paper_name": "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",

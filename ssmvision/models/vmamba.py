@@ -187,7 +187,7 @@ class VMamba(nn.Module):
 
         self.patch_embed = {"conv": ConvStem, "patch": PatchStem}[stem](in_chans, dims[0], **dd)
         make_downsample = {"conv": ConvDownsample, "merge": PatchMerging}[downsample]
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        rates: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
         first = [sum(depths[:i]) for i in range(len(depths))]
         self.stages = nn.Sequential(
             *(
@@ -222,7 +222,7 @@ class VMamba(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -373,7 +373,10 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
     def taps(name: str) -> List[Tap]:
         if name == "patch_embed":
             return [Tap(prefix + name) if channels_first else Tap(prefix + name, nhwc)]
-        stage, block = re.fullmatch(r"layers\.(\d+)(?:\.blocks\.(\d+))?", name).groups()
+        found = re.fullmatch(r"layers\.(\d+)(?:\.blocks\.(\d+))?", name)
+        if found is None:
+            raise ValueError(f"VMamba has no module {name!r}")
+        stage, block = found.groups()
         if block is not None:
             module = f"{prefix}stages.{stage}.blocks.{block}"
             return [Tap(module, nchw) if channels_first else Tap(module)]
@@ -405,7 +408,7 @@ PUBLISHED = {
 }
 
 
-def _cfg(**fields: Any) -> Dict[str, Any]:
+def _cfg(**fields: Any) -> Any:
     common = {
         "pool_size": (7, 7), "first_conv": "patch_embed.conv1", "classifier": "head.fc", "license": "mit",
         "paper_name": "VMamba: Visual State Space Model", "paper_ids": "arXiv:2401.10166", "origin_url": _SOURCE,

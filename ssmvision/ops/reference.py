@@ -122,7 +122,7 @@ def causal_conv1d_backward(
         gate = torch.sigmoid(y)
         grad = grad * gate * (1 + y * (1 - gate))
     dwindows = grad.unsqueeze(-1) * weight[:, :, None]
-    dx = sum(F.pad(dwindows[..., j], (j, width - 1 - j)) for j in range(width))
+    dx = torch.stack([F.pad(dwindows[..., j], (j, width - 1 - j)) for j in range(width)]).sum(0)
     dx = back_to_tokens(dx[..., width - 1 :], routes, tokens).sum(1, keepdim=True)
     return dx, (grad.unsqueeze(-1) * windows).sum((0, 3)), grad.sum((0, 3))
 

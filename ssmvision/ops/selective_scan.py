@@ -253,9 +253,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, dy: Tensor, dlast: Optional[Tensor], _: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
-    checkpoints, *tensors = ctx.saved_tensors
+    saved: Any = ctx.saved_tensors
+    checkpoints, tensors = saved[0], saved[1:]
     if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
-        grads = reference.selective_scan_backward(dy, dlast, *tensors, ctx.delta_softplus, ctx.merge)
+        grads = reference.selective_scan_backward(
+            dy, dlast, *tensors, delta_softplus=ctx.delta_softplus, merge=ctx.merge
+        )
     else:
         found = torch.ops.ssmvision.selective_scan_backward(
             dy, dlast, checkpoints, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend

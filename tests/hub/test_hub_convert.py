@@ -5,10 +5,10 @@ import safetensors.torch
 import torch
 from hub_server import torch_bytes
 from safetensors import safe_open
-from ssmvision_tools import convert_checkpoint
 
 import ssmvision
 from ssmvision.hub import file_sha256
+from ssmvision_tools import convert_checkpoint
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def _slices(batch: int, channels: int, elements: int) -> int:
     return max(1, min(-(-threads // max(1, batch)), -(-channels // 16)))
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
@@ -54,7 +55,6 @@ def selective_scan(
 ) -> None:  # fmt: skip
     """Fill `out` = (y, last state, checkpoints); shapes as in `ops.selective_scan._forward`, all float32."""
     A, D, delta_bias, dt_proj, initial_state, routes = _contiguous(A, D, delta_bias, dt_proj, initial_state, routes)
-    assert A is not None
     y, last, checkpoints = out
     slices = _slices(u.shape[0], A.shape[1], u.shape[0] * A.numel() * u.shape[-1])
     torch.ops.ssmvision_cpu.selective_scan(
@@ -70,7 +70,6 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Fill `du` and `ddelta`; return the gradients of A, B, C, D, delta_bias and the initial state, all float32."""
     A, D, delta_bias, dlast, routes = _contiguous(A, D, delta_bias, dlast, routes)
-    assert A is not None
     b, k, d, n, length = u.shape[0], *A.shape, u.shape[-1]
     slices = _slices(b, d, b * A.numel() * length)
     dA, dinitial = u.new_empty(b, k, n, d), u.new_empty(b, k, n, d)
