@@ -505,6 +505,24 @@ def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
 
 
 @register_model
+def vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The VMamba-T that its authors measure fastest, `vmamba_tiny_s1l8`."""
+    return vmamba_tiny_s1l8(pretrained, **kwargs)
+
+
+@register_model
+def vmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The VMamba-S that its authors measure fastest, `vmamba_small_s1l20`."""
+    return vmamba_small_s1l20(pretrained, **kwargs)
+
+
+@register_model
+def vmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The VMamba-B that its authors measure fastest, `vmamba_base_s1l20`."""
+    return vmamba_base_s1l20(pretrained, **kwargs)
+
+
+@register_model
 def test_vmamba(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """A micro model for tests and the quickstart."""
     args = dict(dims=16, depths=(1, 1, 2, 1))

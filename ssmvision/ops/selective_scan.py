@@ -256,9 +256,7 @@ def _autograd(ctx: Any, dy: Tensor, dlast: Optional[Tensor], _: Optional[Tensor]
     saved: Any = ctx.saved_tensors
     checkpoints, tensors = saved[0], saved[1:]
     if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
-        grads = reference.selective_scan_backward(
-            dy, dlast, *tensors, delta_softplus=ctx.delta_softplus, merge=ctx.merge
-        )
+        grads = reference.selective_scan_backward(dy, dlast, *(*tensors, ctx.delta_softplus, ctx.merge))
     else:
         found = torch.ops.ssmvision.selective_scan_backward(
             dy, dlast, checkpoints, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend

@@ -6,7 +6,9 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(LANES)
+// Forced from outside: 16 lanes can be tried on any machine, the compiler splits them.
+#elif defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX2__)
 #define LANES 8
@@ -23,10 +25,10 @@ static inline vf splat(float x) { return x - vf{}; }
 
 // min and max return b if either operand is NaN. x86 has one instruction for that, which compilers find only when told
 // to ignore NaN, so it is named here.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && LANES == 16
 static inline vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && LANES == 8
 static inline vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 static inline vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
