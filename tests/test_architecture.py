@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "models": {"models", "layers", "ops", "hub"},
     "registry": {"models", "hub"},
-    "engine": {"engine", "registry", "data", "hub"},
+    "engine": {"engine", "registry", "ops", "data", "hub"},
     "__init__": {"registry", "_version"},
     "_version": set(),
     "tools": {"tools", "registry", "models", "layers", "ops", "hub", "data", "engine", "_version"},

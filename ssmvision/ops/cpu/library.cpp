@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "kernels.h"
@@ -37,6 +38,16 @@ const Kernels& kernels() {
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 float* floats(const Optional& t) { return t ? floats(*t) : nullptr; }
+
+// An index outside the tokens would read or write foreign memory.
+const int64_t* checked_order(const Optional& order, int64_t tokens) {
+  if (!order) return nullptr;
+  const int64_t* table = static_cast<const int64_t*>(order->data_ptr());
+  bool inside = true;
+  for (int64_t i = 0; i < order->numel(); ++i) inside &= uint64_t(table[i]) < uint64_t(tokens);
+  if (!inside) throw std::runtime_error("routes hold an index out of range for " + std::to_string(tokens) + " tokens");
+  return table;
+}
 
 // (b, k, c, l) of any strides; a route dimension of size 1 is shared by all routes.
 View view(const Tensor& t) {
@@ -86,7 +97,7 @@ void describe(Scan& s, const Tensor& u, const Tensor& delta, const Tensor& A, co
   s.reset = reset ? static_cast<const uint8_t*>(reset->data_ptr()) : nullptr;
   s.reset_b = reset ? reset->stride(0) : 0;
   s.reset_k = reset && reset->size(1) > 1 ? reset->stride(1) : 0;
-  s.order = order ? static_cast<const int64_t*>(order->data_ptr()) : nullptr;
+  s.order = checked_order(order, s.tokens);
   s.checkpoints = floats(checkpoints);
   s.slices = slices;
 }
@@ -147,7 +158,7 @@ void describe(Conv& s, const Tensor& x, const Tensor& weight, const Optional& bi
   s.x = view(x);
   s.weight = floats(weight);
   s.bias = floats(bias);
-  s.order = order ? static_cast<const int64_t*>(order->data_ptr()) : nullptr;
+  s.order = checked_order(order, s.tokens);
   s.slices = slices;
 }
 
