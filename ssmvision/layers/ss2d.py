@@ -46,6 +46,7 @@ class SS2D(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.routes = ROUTES
         self.d_state = d_state
         self.d_inner = int(ssm_ratio * dim)
         self.dt_rank = dt_rank or auto_dt_rank(dim)
@@ -89,7 +90,7 @@ class SS2D(nn.Module):
         """The four scans alone, (b, h, w, d_inner) → the same."""
         B, H, W, D = u.shape
         tokens = u.reshape(B, H * W, D)
-        projected = F.linear(tokens, self.x_proj_weight.flatten(0, 1)).view(B, H * W, ROUTES, -1)
+        projected = F.linear(tokens, self.x_proj_weight.flatten(0, 1)).view(B, H * W, self.routes, -1)
         # (b, l, k, r + 2n) → (b, k, ·, l): a view, nothing moves.
         delta, b, c = projected.permute(0, 2, 3, 1).split([self.dt_rank, self.d_state, self.d_state], dim=2)
         A, skip, dt_bias, dt_proj = self.scan_parameters()
@@ -101,8 +102,8 @@ class SS2D(nn.Module):
 
     def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A (k, d, n), D (k, d), delta_bias (k, d) and dt_proj (k, d, r)."""
-        A = state_matrix(self.A_logs).view(ROUTES, self.d_inner, self.d_state)
-        return A, self.Ds.view(ROUTES, self.d_inner), self.dt_projs_bias, self.dt_projs_weight
+        A = state_matrix(self.A_logs).view(self.routes, self.d_inner, self.d_state)
+        return A, self.Ds.view(self.routes, self.d_inner), self.dt_projs_bias, self.dt_projs_weight
 
 
 class ScalarSS2D(SS2D):
@@ -131,4 +132,4 @@ class ScalarSS2D(SS2D):
         A = state_matrix(self.A_logs).repeat_interleave(width, dim=1).unsqueeze(-1).expand(-1, -1, self.d_state)
         head = torch.eye(self.dt_rank, device=A.device, dtype=A.dtype).repeat_interleave(width, dim=0)
         bias = self.dt_projs_bias.repeat_interleave(width, dim=1)
-        return A, self.Ds.flatten(1), bias, head.unsqueeze(0).expand(ROUTES, -1, -1)
+        return A, self.Ds.flatten(1), bias, head.unsqueeze(0).expand(self.routes, -1, -1)

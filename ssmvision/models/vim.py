@@ -20,6 +20,7 @@ from timm.layers import (
 )
 from timm.models import checkpoint, generate_default_cfgs, named_apply, register_model
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ssmvision.layers import BiMamba
@@ -186,6 +187,7 @@ class Vim(nn.Module):
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
         """Store the position embedding for another image size."""
         old, self.grid_size = self.grid_size, self._grid(to_2tuple(img_size))
+        update_model_input_size(self, img_size)  # what an exported model is built with again
         if self.pos_embed is None:
             return
         frozen = not self.pos_embed.requires_grad
@@ -224,11 +226,6 @@ class Vim(nn.Module):
         at = 0 if self.cls_position == "first" else (x.shape[1] - 1) // 2
         return x[:, at : at + 1], torch.cat([x[:, :at], x[:, at + 1 :]], dim=1)
 
-    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(block, x)
-        return block(x)
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -238,25 +235,27 @@ class Vim(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """Outputs of blocks as maps (NCHW) or patch tokens (NLC); see timm's API."""
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"Vim features are NCHW or NLC, not {output_fmt!r}")
+            raise ValueError(f"Vim features are NCHW or NLC, not {output_fmt}")
         take_indices, max_index = feature_take_indices(len(self.layers), indices)
         x, H, W = self._embed(x)
-        taps = []
-        blocks = self.layers[: max_index + 1] if stop_early and not torch.jit.is_scripting() else self.layers
-        for i, block in enumerate(blocks):
-            x = self._block(block, x)
+        intermediates: List[Tensor] = []
+        prefixes: List[Optional[Tensor]] = []
+        for i, block in enumerate(self.layers):
+            if not (stop_early and i > max_index):
+                x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
             if i in take_indices:
-                taps.append(self.norm_f(x) if norm else x)
-        split = [self._split(tap) for tap in taps]
-        intermediates: List[Any] = [patches for _, patches in split]
-        if output_fmt == "NCHW":
-            intermediates = [y.transpose(1, 2).reshape(y.shape[0], -1, H, W) for y in intermediates]
-        if return_prefix_tokens:
-            intermediates = [(y, cls) for y, (cls, _) in zip(intermediates, split, strict=True)]
-        return intermediates if intermediates_only else (self.norm_f(x), intermediates)
+                cls, patches = self._split(self.norm_f(x) if norm else x)
+                as_map = patches.transpose(1, 2).reshape(x.shape[0], -1, H, W)
+                intermediates.append(as_map if output_fmt == "NCHW" else patches)
+                prefixes.append(cls)
+        if return_prefix_tokens and not torch.jit.is_scripting():
+            intermediates = list(zip(intermediates, prefixes, strict=True))  # type: ignore[arg-type]
+        if intermediates_only:
+            return intermediates
+        return self.norm_f(x), intermediates
 
     @torch.jit.ignore
     def get_intermediate_layers(
@@ -266,7 +265,7 @@ class Vim(nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-    ) -> List[Any]:
+    ) -> Any:
         """The DINO-style form of `forward_intermediates`."""
         fmt = "NCHW" if reshape else "NLC"
         return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True)
@@ -287,7 +286,7 @@ class Vim(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self._embed(x)[0]
         for block in self.layers:
-            x = self._block(block, x)
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
         return self.norm_f(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -306,8 +305,10 @@ class Vim(nn.Module):
 
 
 def _checked_pool(global_pool: str, cls_position: str) -> str:
-    if global_pool not in ("token", "avg", "max", ""):
-        raise ValueError(f"Vim: global_pool must be 'token', 'avg', 'max' or '', not {global_pool!r}")
+    # timm's models assert their pooling, and code written for them catches that.
+    assert global_pool in ("token", "avg", "max", ""), (
+        f"Vim: global_pool must be token, avg or max, not {global_pool!r}"
+    )
     if global_pool == "token" and cls_position == "none":
         raise ValueError("Vim: global_pool='token' needs a class token")
     return global_pool

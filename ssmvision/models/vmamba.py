@@ -10,7 +10,15 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm2d,
+    Mlp,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    trunc_normal_,
+)
 from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
@@ -230,7 +238,9 @@ class VMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        # A removed head has no parameters left that would tell where a new one belongs.
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
         self,
@@ -243,7 +253,7 @@ class VMamba(nn.Module):
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """Stage outputs before downsampling; see timm's API. `norm` applies to the last, `out_norms` to all."""
         if output_fmt != "NCHW":
-            raise ValueError(f"VMamba features are NCHW, not {output_fmt!r}")
+            raise ValueError(f"VMamba features are NCHW, not {output_fmt}")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates: List[Tensor] = []
