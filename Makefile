@@ -42,8 +42,9 @@ quickstart: $(VENV)/.train $(DATA)
 	@echo "predictions   $(QUICKSTART)/predictions.png"
 	@echo "load it       ssmvision.create_model(\"local-dir:$(QUICKSTART)/export\", pretrained=True)"
 
+# One thread in each of as many processes as there are cores.
 test: venv
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
 lint: venv
 	$(RUN) -m ruff check .
