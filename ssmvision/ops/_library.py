@@ -1,6 +1,7 @@
 """What operators share: how they are registered with torch, how shapes are checked, which layouts outputs have."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,30 @@ def _without_autocast(name: str, device_type: str) -> Callable[..., Any]:
             return getattr(torch.ops.ssmvision, name)(*args)
 
     return call
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off for operations on `x`'s device, where it is on: kernels and definitions mean float32."""
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def expect_real(operator: str, tensors: dict[str, Tensor | None]) -> None:
+    """Raise a RuntimeError that names a tensor which is not real floating point: casting would drop what it holds."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise RuntimeError(f"{operator}: {name} must be real floating point, not {x.dtype}")
+
+
+def expect_routes(operator: str, routes: Tensor | None, shape: tuple[Any, ...]) -> None:
+    """Raise a RuntimeError if a table of routes is not int64 of the given shape."""
+    if routes is None:
+        return
+    expect(operator, "routes", routes, shape)
+    if routes.dtype != torch.int64:
+        raise RuntimeError(f"{operator}: routes must be int64, not {routes.dtype}")
 
 
 def expect(operator: str, name: str, x: Tensor, shape: tuple[Any, ...]) -> None:

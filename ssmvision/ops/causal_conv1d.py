@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, cpu, reference
-from ._library import Kernel, cast, empty_like_layout, expect, register
+from ._library import Kernel, cast, empty_like_layout, expect, expect_real, expect_routes, no_autocast, register
 
 MAX_WIDTH = 16  # as in cpu/causal_conv1d_kernel.h
 
@@ -48,6 +48,7 @@ def _composite(
     backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Canonical shapes and float32 in, the caller's shapes and dtype out."""
+    expect_real("causal_conv1d", {"x": x, "weight": weight, "bias": bias})
     single = weight.dim() == 2
     if single:
         weight = weight.unsqueeze(0)
@@ -58,8 +59,7 @@ def _composite(
         raise RuntimeError(f"causal_conv1d: the kernel may be 1 to {MAX_WIDTH} wide, not {w}")
     if bias is not None:
         expect("causal_conv1d", "bias", bias, (k, d))
-    if routes is not None:
-        expect("causal_conv1d", "routes", routes, (k, x.shape[-1]))
+    expect_routes("causal_conv1d", routes, (k, x.shape[-1]))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.ops.ssmvision.causal_conv1d_forward(
         cast(x.unsqueeze(1), dtype), cast(weight, dtype), cast(bias, dtype), routes, silu, backend
@@ -78,7 +78,7 @@ def _forward(
     y = _allocate(x, weight)
     if _backend.resolve(backend, x.device, x.dtype) == "cpu":
         return cpu.causal_conv1d(x, weight, bias, routes, silu, out=y)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return y.copy_(reference.causal_conv1d(x, weight, bias, routes, silu))
 
 
@@ -89,7 +89,7 @@ def _backward(
     if _backend.resolve(backend, x.device, x.dtype) == "cpu":
         found = cpu.causal_conv1d_backward(dy, x, weight, bias, routes, silu, dx=grads[0].zero_())
     else:
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             found = reference.causal_conv1d_backward(dy, x, weight, bias, routes, silu)
     for grad, value in zip(grads, found, strict=True):
         if value is not grad:
@@ -109,7 +109,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
     x, weight, bias, routes = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
-        dx, dw, db = reference.causal_conv1d_backward(dy, x, weight, bias, routes, ctx.silu)
+        with no_autocast(dy):
+            dx, dw, db = reference.causal_conv1d_backward(dy, x, weight, bias, routes, ctx.silu)
     else:
         dx, dw, db = torch.ops.ssmvision.causal_conv1d_backward(dy, x, weight, bias, routes, ctx.silu, ctx.backend)
     return dx, dw, None if bias is None else db, None, None, None

@@ -35,7 +35,7 @@ def selective_scan(
     h = u.new_zeros(u.shape[0], k, d, n) if initial_state is None else initial_state
     before, after = [], []
     # unbind, not indexing: the backward pass of x[..., t] fills a zero tensor of full length at each of the t steps.
-    decay = _decay(step, A, reset, routes).unbind(-1)
+    decay = _decay(step, A, reset, routes, from_zero=initial_state is None).unbind(-1)
     drive = ((step * u_t).unsqueeze(3) * B_t).unbind(-1)
     for decay_t, drive_t in zip(decay, drive, strict=True):
         before.append(h)
@@ -66,7 +66,7 @@ def selective_scan_backward(
     raw = _project(delta, dt_proj, delta_bias)
     step = along_routes(F.softplus(raw) if delta_softplus else raw, k, routes)
     u_t, B_t, C_t, dy_t = (along_routes(x, k, routes) for x in (u, _per_channel(B, d), _per_channel(C, d), dy))
-    decay = _decay(step, A, reset, routes)
+    decay = _decay(step, A, reset, routes, from_zero=initial_state is None)
 
     dh = torch.zeros_like(h) if dlast is None else dlast
     grads = []  # d loss / d h_t, last step first
@@ -161,11 +161,16 @@ def _project(delta: Tensor, dt_proj: Tensor | None, delta_bias: Tensor | None) -
     return delta if delta_bias is None else delta + delta_bias[..., None]
 
 
-def _decay(step: Tensor, A: Tensor, reset: Tensor | None, routes: Tensor | None) -> Tensor:
-    decay = torch.exp(step.unsqueeze(3) * A[..., None])  # (b, k, d, n, t)
-    if reset is None:
-        return decay
-    return decay * ~along_routes(reset, A.shape[0], routes)[:, :, None, None]
+def _decay(step: Tensor, A: Tensor, reset: Tensor | None, routes: Tensor | None, from_zero: bool) -> Tensor:
+    """exp(step A), and exactly 0 where the state before is: (b, k, d, n, t)."""
+    exponent = step.unsqueeze(3) * A[..., None]
+    cut = torch.zeros(1, 1, 1, 1, step.shape[-1], dtype=torch.bool, device=step.device)
+    if reset is not None:
+        cut = along_routes(reset, A.shape[0], routes)[:, :, None, None]
+    if from_zero:
+        cut = cut | (torch.arange(step.shape[-1], device=step.device) == 0)
+    # Masked before and after: a decay that overflows must not meet the zero state, neither here nor in its gradient.
+    return torch.exp(exponent.masked_fill(cut, 0)).masked_fill(cut, 0)
 
 
 def _per_channel(x: Tensor, channels: int) -> Tensor:

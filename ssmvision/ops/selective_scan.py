@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, cpu, reference
-from ._library import Kernel, cast, empty_like_layout, expect, register
+from ._library import Kernel, cast, empty_like_layout, expect, expect_real, expect_routes, no_autocast, register
 
 CHUNK = 64  # steps between two saved states; must equal CHUNK in cpu/kernels.h
 
@@ -87,6 +87,9 @@ def _composite(
     merge: bool = True, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Canonical shapes and float32 in, the caller's shapes and dtype out."""
+    floats = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
+    floats |= {"delta_bias": delta_bias, "dt_proj": dt_proj, "initial_state": initial_state}
+    expect_real("selective_scan", floats)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     routed = A.dim() == 3
     if not routed:
@@ -146,10 +149,7 @@ def _check(
         expect("selective_scan", "reset", reset, (b, 1 if reset.shape[1] == 1 else k, length))
         if reset.dtype != torch.bool:
             raise RuntimeError(f"selective_scan: reset must be bool, not {reset.dtype}")
-    if routes is not None:
-        expect("selective_scan", "routes", routes, (k, routes.shape[-1]))
-        if routes.dtype != torch.int64:
-            raise RuntimeError(f"selective_scan: routes must be int64, not {routes.dtype}")
+    expect_routes("selective_scan", routes, (k, None if routes is None else routes.shape[-1]))
     if z is not None and not merge:
         raise RuntimeError("selective_scan: a gate z needs merge=True")
 
@@ -175,7 +175,7 @@ def _forward(
             y.zero_()
         cpu.selective_scan(*args, out=(y, last, checkpoints))
     else:
-        with torch.autocast(u.device.type, enabled=False):
+        with no_autocast(u):
             y_ref, last_ref, before = reference.selective_scan(*args)
         y.copy_(y_ref)
         last.copy_(last_ref)
@@ -209,9 +209,9 @@ def _backward(
     merge: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     args = (u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes, delta_softplus, merge)
-    if _backend.resolve(backend, u.device, u.dtype) == "cpu":
-        return [u.new_empty(0) if g is None else g for g in _backward_cpu(dy, dlast, checkpoints, *args)]
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u):  # a backward pass may run inside the caller's autocast region
+        if _backend.resolve(backend, u.device, u.dtype) == "cpu":
+            return [u.new_empty(0) if g is None else g for g in _backward_cpu(dy, dlast, checkpoints, *args)]
         computed = reference.selective_scan_backward(dy, dlast, *args)
     grads = _allocate_grads(u, delta, A, B, C, D, delta_bias, dt_proj, initial_state)
     for grad, value in zip(grads, computed, strict=True):
@@ -256,7 +256,8 @@ def _autograd(ctx: Any, dy: Tensor, dlast: Optional[Tensor], _: Optional[Tensor]
     saved: Any = ctx.saved_tensors
     checkpoints, tensors = saved[0], saved[1:]
     if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
-        grads = reference.selective_scan_backward(dy, dlast, *(*tensors, ctx.delta_softplus, ctx.merge))
+        with no_autocast(dy):
+            grads = reference.selective_scan_backward(dy, dlast, *(*tensors, ctx.delta_softplus, ctx.merge))
     else:
         found = torch.ops.ssmvision.selective_scan_backward(
             dy, dlast, checkpoints, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend

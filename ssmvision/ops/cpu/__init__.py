@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ __all__ = [
     "selective_scan_backward",
 ]  # fmt: skip
 
+_LANES = {16: "avx512", 8: "avx2", 4: "generic"}  # floats in a vector, and the instruction set that has it
 _MIN_ELEMENTS_PER_TASK = 1 << 20  # about 0.3 ms of work: less is not worth waking a second thread
 
 
@@ -26,16 +28,21 @@ def load() -> None:
     """
     if os.environ.get("SSMVISION_NATIVE", "1") == "0":
         raise NativeBuildError("switched off by SSMVISION_NATIVE=0")
+    asked = os.environ.get("SSMVISION_ISA", "")
+    if asked not in ("", *_LANES.values()):
+        raise NativeBuildError(f"SSMVISION_ISA={asked} is not one of {', '.join(_LANES.values())}")
     path = ensure_library()
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise NativeBuildError(f"{path} does not load ({error}); delete it to build it anew") from error
+    if asked and instruction_set() != asked:
+        warnings.warn(f"this machine has no {asked}: scans use {instruction_set()}", RuntimeWarning, stacklevel=2)
 
 
 def instruction_set() -> str:
     """The instruction set that the kernels use on this machine."""
-    return {16: "avx512", 8: "avx2", 4: "generic"}[torch.ops.ssmvision_cpu.lanes()]
+    return _LANES[torch.ops.ssmvision_cpu.lanes()]
 
 
 def _slices(batch: int, channels: int, elements: int) -> int:
@@ -54,7 +61,8 @@ def selective_scan(
     delta_softplus: bool, merge: bool, out: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Fill `out` = (y, last state, checkpoints); shapes as in `ops.selective_scan._forward`, all float32."""
-    A, D, delta_bias, dt_proj, initial_state, routes = _contiguous(A, D, delta_bias, dt_proj, initial_state, routes)
+    A, D, delta_bias, dt_proj, initial_state = _contiguous(A, D, delta_bias, dt_proj, initial_state)
+    reset, routes = _contiguous(reset, routes)
     y, last, checkpoints = out
     slices = _slices(u.shape[0], A.shape[1], u.shape[0] * A.numel() * u.shape[-1])
     torch.ops.ssmvision_cpu.selective_scan(
@@ -69,7 +77,7 @@ def selective_scan_backward(
     delta_softplus: bool, merge: bool, du: Tensor, ddelta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Fill `du` and `ddelta`; return the gradients of A, B, C, D, delta_bias and the initial state, all float32."""
-    A, D, delta_bias, dlast, routes = _contiguous(A, D, delta_bias, dlast, routes)
+    A, D, delta_bias, dlast, reset, routes = _contiguous(A, D, delta_bias, dlast, reset, routes)
     b, k, d, n, length = u.shape[0], *A.shape, u.shape[-1]
     slices = _slices(b, d, b * A.numel() * length)
     dA, dinitial = u.new_empty(b, k, n, d), u.new_empty(b, k, n, d)

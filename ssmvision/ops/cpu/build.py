@@ -32,11 +32,12 @@ class NativeBuildError(RuntimeError):
 
 
 def library_path() -> Path:
-    """Where the library of this source, compiler and platform lies, built or not.
+    """Where the library of this source and platform lies, built or not.
 
+    It may have been built on another machine that shares the cache: running it needs no compiler.
     `SSMVISION_CACHE` moves the cache; the default is `~/.cache/ssmvision`.
     """
-    digest = hashlib.sha256(" ".join([*_FLAGS, _STABLE_ABI, _compiler()]).encode())
+    digest = hashlib.sha256(" ".join([*_FLAGS, _STABLE_ABI]).encode())
     for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
         digest.update(source.read_bytes())
     cache = Path(os.environ.get("SSMVISION_CACHE") or Path.home() / ".cache" / "ssmvision")

@@ -1,0 +1,1 @@
+from image_folders import image_folder  # noqa: F401
