@@ -23,10 +23,10 @@ class SS2D(nn.Module):
         d_state: Size of the state per channel.
         ssm_ratio: Inner channels / dim.
         dt_rank: Rank of the step-size projection; None for ceil(dim / 16).
-        d_conv: Kernel of the depthwise convolution before the scan.
+        d_conv: Kernel of the depthwise convolution before the scan; 1 for none.
         conv_bias: Give that convolution a bias.
-        gate: Multiply the scan's output by SiLU of a second projection of the input (v0).
-        act_layer: Activation after the convolution.
+        gate: Multiply the scan's output by a second, activated projection of the input (v0).
+        act_layer: Activation after the convolution and of the gate.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
@@ -52,9 +52,9 @@ class SS2D(nn.Module):
         self.dt_rank = dt_rank or auto_dt_rank(dim)
         self.gate = gate
         self.in_proj = nn.Linear(dim, self.d_inner * (2 if gate else 1), bias=False, **dd)
-        self.conv2d = nn.Conv2d(
-            self.d_inner, self.d_inner, d_conv, padding=d_conv // 2, groups=self.d_inner, bias=conv_bias, **dd
-        )
+        d = self.d_inner
+        conv2d = nn.Conv2d(d, d, d_conv, padding=d_conv // 2, groups=d, bias=conv_bias, **dd) if d_conv > 1 else None
+        self.conv2d = conv2d or nn.Identity()
         self.act = act_layer()
         self.x_proj_weight = nn.Parameter(torch.empty(ROUTES, self.dt_rank + 2 * d_state, self.d_inner, **dd))
         self._make_scan_parameters(dd)
@@ -83,7 +83,7 @@ class SS2D(nn.Module):
         u = self.act(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = self.out_norm(self.scan(u))
         if self.gate:
-            y = y * F.silu(F.linear(x, self.in_proj.weight[self.d_inner :]))
+            y = y * self.act(F.linear(x, self.in_proj.weight[self.d_inner :]))
         return self.out_proj(y)
 
     def scan(self, u: Tensor) -> Tensor:

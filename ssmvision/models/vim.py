@@ -340,12 +340,19 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: Any) -> Dict[str,
 
 def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `VisionMamba`."""
-    for name, wanted in (("if_rope", False), ("bimamba_type", "v2"), ("use_double_cls_token", False)):
-        if kwargs.get(name, wanted) != wanted:
-            raise ValueError(f"Vim with {name}={kwargs[name]!r} was never published and is not built here")
     cls_position = "none"
     if kwargs.get("if_cls_token", False):
         cls_position = "middle" if kwargs.get("use_middle_cls_token", False) else "first"
+    understood = {
+        "if_rope": (False,), "bimamba_type": ("v2",), "use_double_cls_token": (False,), "if_bidirectional": (False,),
+        "init_layer_scale": (None,), "ssm_cfg": (None, {}), "norm_epsilon": (1e-5,),
+        "flip_img_sequences_ratio": (-1.0,),
+    }  # fmt: skip
+    if cls_position == "none":
+        understood["final_pool_type"] = ("mean", "max")
+    for name, values in understood.items():
+        if kwargs.get(name, values[0]) not in values:
+            raise ValueError(f"Vim with {name}={kwargs[name]!r} was never published and is not built here")
     patch_size = kwargs.get("patch_size", 16)
     model = Vim(
         img_size=kwargs.get("img_size", 224),
@@ -354,7 +361,9 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         in_chans=kwargs.get("channels", 3),
         num_classes=kwargs.get("num_classes", 1000),
         # A class token wins over final_pool_type, which the published names set to 'mean' in vain.
-        global_pool={"mean": "avg", "max": "max"}[kwargs["final_pool_type"]] if cls_position == "none" else "token",
+        global_pool={"mean": "avg", "max": "max"}[kwargs.get("final_pool_type", "mean")]
+        if cls_position == "none"
+        else "token",
         embed_dim=kwargs.get("embed_dim", 192),
         depth=kwargs.get("depth", 24),
         d_state=kwargs.get("d_state", 16),

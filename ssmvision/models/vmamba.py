@@ -6,7 +6,8 @@ Official code and weights (MIT): https://github.com/MzeroMiko/VMamba
 
 import re
 from collections.abc import Callable
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from timm.layers import (
     LayerNorm2d,
     Mlp,
     calculate_drop_path_rates,
+    get_act_layer,
     get_device_dtype,
     trunc_normal_,
 )
@@ -75,12 +77,12 @@ class PatchMerging(nn.Module):
 
 
 class ConvDownsample(nn.Sequential):
-    """v05: a 3 x 3 convolution of stride 2 and a norm."""
+    """v05: a convolution of stride 2, 3 x 3 and overlapping or 2 x 2, and a norm."""
 
-    def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, out_dim: int, kernel: int = 3, device: Any = None, dtype: Any = None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.conv = nn.Conv2d(dim, out_dim, kernel, stride=2, padding=kernel // 3, **dd)
         self.norm = LayerNorm2d(out_dim, eps=1e-5, **dd)
 
 
@@ -92,6 +94,7 @@ class VSSBlock(nn.Module):
         dim: int,
         mixer: Callable[..., nn.Module],
         mlp_ratio: float = 4.0,
+        mlp_act: Type[nn.Module] = nn.GELU,
         drop_path: float = 0.0,
         device: Any = None,
         dtype: Any = None,
@@ -102,7 +105,7 @@ class VSSBlock(nn.Module):
         self.op = mixer(dim, **dd)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if mlp_ratio > 0 else nn.Identity()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio > 0 else None
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=mlp_act, **dd) if mlp_ratio > 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.op(self.norm(x)))
@@ -143,12 +146,16 @@ class VMamba(nn.Module):
         depths: Blocks of each stage.
         d_state: State size of the scans.
         ssm_ratio: Inner channels of the scans / channels.
+        dt_rank: Rank of the step sizes; None for ceil(channels / 16).
+        d_conv: Kernel of the depthwise convolution of the scans.
         conv_bias: Bias in the depthwise convolution of the scans.
         gate: Gate the scans (v0).
+        ssm_act: Activation after that convolution.
         scalar_decay: One decay per head, the Mamba-2 form ("m0").
         mlp_ratio: Hidden channels of the MLPs / channels; 0 for none (v0).
+        mlp_act: Activation of the MLPs.
         stem: "conv" (v05) or "patch" (v0).
-        downsample: "conv" (v05) or "merge" (v0).
+        downsample: "conv" (v05), "conv2x2" or "merge" (v0).
         out_norms: Pyramid backbone for detection and segmentation: a norm on every stage's output instead of a
             classifier. With `features_only=True` the normalised maps are returned.
         drop_rate: Dropout before the classifier.
@@ -166,10 +173,14 @@ class VMamba(nn.Module):
         depths: Sequence[int] = (2, 2, 8, 2),
         d_state: int = 1,
         ssm_ratio: float = 1.0,
+        dt_rank: Optional[int] = None,
+        d_conv: int = 3,
         conv_bias: bool = False,
         gate: bool = False,
+        ssm_act: str = "silu",
         scalar_decay: bool = False,
         mlp_ratio: float = 4.0,
+        mlp_act: str = "gelu",
         stem: str = "conv",
         downsample: str = "conv",
         out_norms: bool = False,
@@ -189,19 +200,24 @@ class VMamba(nn.Module):
         ]
 
         def mixer(dim: int, **dd: Any) -> nn.Module:
-            if scalar_decay:
-                return ScalarSS2D(dim, d_state, ssm_ratio, conv_bias=conv_bias, act_layer=nn.GELU, **dd)
-            return SS2D(dim, d_state, ssm_ratio, conv_bias=conv_bias, gate=gate, **dd)
+            layer = ScalarSS2D if scalar_decay else SS2D
+            return layer(dim, d_state, ssm_ratio, dt_rank, d_conv, conv_bias, gate, get_act_layer(ssm_act), **dd)
 
         self.patch_embed = {"conv": ConvStem, "patch": PatchStem}[stem](in_chans, dims[0], **dd)
-        make_downsample = {"conv": ConvDownsample, "merge": PatchMerging}[downsample]
+        make_downsample: Any = {
+            "conv": ConvDownsample, "conv2x2": partial(ConvDownsample, kernel=2), "merge": PatchMerging
+        }[downsample]  # fmt: skip
+        act = get_act_layer(mlp_act)
         rates: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
         first = [sum(depths[:i]) for i in range(len(depths))]
         self.stages = nn.Sequential(
             *(
                 VSSStage(
                     make_downsample(dims[i - 1], dim, **dd) if i else nn.Identity(),
-                    [VSSBlock(dim, mixer, mlp_ratio, rate, **dd) for rate in rates[first[i] : first[i] + depths[i]]],
+                    [
+                        VSSBlock(dim, mixer, mlp_ratio, act, rate, **dd)
+                        for rate in rates[first[i] : first[i] + depths[i]]
+                    ],
                 )
                 for i, dim in enumerate(dims)
             )
@@ -355,10 +371,30 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     return converted
 
 
+# Official arguments and the values that are understood here; others change the computation in ways nobody published.
+_UNDERSTOOD = {
+    "patch_size": (4,),
+    "forward_type": ("v0", "v05", "v05_noz", "m0", "m0_noz"),
+    "gmlp": (False,),
+    "patch_norm": (True,),
+    "norm_layer": ("ln", "ln2d"),
+    "downsample_version": ("v1", "v2", "v3"),
+    "patchembed_version": ("v1", "v2"),
+    "posembed": (False,),
+}
+
+
+def _refuse_unknown(kwargs: Dict[str, Any]) -> None:
+    for name, values in _UNDERSTOOD.items():
+        if kwargs.get(name, values[0]) not in values:
+            raise ValueError(f"VMamba with {name}={kwargs[name]!r} was never published and is not built here")
+
+
 def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `VSSM` or `Backbone_VSSM`."""
     forward_type = kwargs.get("forward_type", "v0")
     backbone = official_class.endswith("Backbone_VSSM")
+    _refuse_unknown(kwargs)
     model: nn.Module = VMamba(
         in_chans=kwargs.get("in_chans", 3),
         num_classes=kwargs.get("num_classes", 1000),
@@ -366,12 +402,16 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         depths=kwargs["depths"],
         d_state=kwargs.get("ssm_d_state", 16),
         ssm_ratio=kwargs.get("ssm_ratio", 2.0),
+        dt_rank=None if kwargs.get("ssm_dt_rank", "auto") == "auto" else kwargs["ssm_dt_rank"],
+        d_conv=kwargs.get("ssm_conv", 3),
+        ssm_act=kwargs.get("ssm_act_layer", "silu"),
+        mlp_act=kwargs.get("mlp_act_layer", "gelu"),
         conv_bias=kwargs.get("ssm_conv_bias", True),
         gate=not forward_type.endswith("noz"),
         scalar_decay=forward_type.startswith("m0"),
         mlp_ratio=kwargs.get("mlp_ratio", 4.0),
         stem={"v1": "patch", "v2": "conv"}[kwargs.get("patchembed_version", "v1")],
-        downsample={"v1": "merge", "v3": "conv"}[kwargs.get("downsample_version", "v2")],
+        downsample={"v1": "merge", "v2": "conv2x2", "v3": "conv"}[kwargs.get("downsample_version", "v2")],
         out_norms=backbone,
     )
     channels_first = kwargs.get("norm_layer") == "ln2d"

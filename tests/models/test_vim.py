@@ -5,7 +5,7 @@ import torch
 
 import ssmvision
 from ssmvision.layers.pos_embed import resize_pos_embed
-from ssmvision.models.vim import checkpoint_filter_fn
+from ssmvision.models.vim import checkpoint_filter_fn, from_official
 
 
 def make(**kwargs):
@@ -107,3 +107,13 @@ def test_bad_arguments_get_a_sentence(kwargs, sentence: str) -> None:
 def test_wrong_number_of_channels_is_named() -> None:
     with pytest.raises(AssertionError, match="number of channels"):
         make()(torch.randn(1, 1, 48, 80))
+
+
+@pytest.mark.parametrize(("name", "value"), [("if_rope", True), ("bimamba_type", "v1"), ("final_pool_type", "all")])
+def test_what_was_never_published_is_refused(name: str, value) -> None:
+    official = dict(
+        img_size=32, embed_dim=32, depth=1, bimamba_type="v2", final_pool_type="mean", if_abs_pos_embed=True
+    )
+    assert from_official("VisionMamba", official).model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        from_official("VisionMamba", official | {name: value})

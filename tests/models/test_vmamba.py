@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ssmvision
-from ssmvision.models.vmamba import PatchMerging, checkpoint_filter_fn
+from ssmvision.models.vmamba import PatchMerging, checkpoint_filter_fn, from_official
 
 V0 = dict(d_state=16, ssm_ratio=2.0, conv_bias=True, gate=True, mlp_ratio=0.0, stem="patch", downsample="merge")
 
@@ -84,3 +84,36 @@ def test_drop_path_rises_over_all_blocks() -> None:
 def test_wrong_number_of_channels_is_named() -> None:
     with pytest.raises(AssertionError, match="number of channels"):
         make(in_chans=1)(torch.randn(1, 3, 32, 32))
+
+
+OFFICIAL = dict(
+    depths=(1, 1), dims=16, num_classes=3, patchembed_version="v2", downsample_version="v3", norm_layer="ln2d"
+)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "shapes"),
+    [
+        (dict(forward_type="v05"), {"stages.0.blocks.0.op.in_proj.weight": (64, 16)}),
+        (dict(forward_type="v05_noz", ssm_dt_rank=5), {"stages.0.blocks.0.op.dt_projs_weight": (4, 32, 5)}),
+        (dict(forward_type="v05_noz", ssm_conv=5), {"stages.0.blocks.0.op.conv2d.weight": (32, 1, 5, 5)}),
+        (dict(forward_type="v05_noz", downsample_version="v2"), {"stages.1.downsample.conv.weight": (32, 16, 2, 2)}),
+        (dict(forward_type="m0_noz", ssm_ratio=1.0, ssm_act_layer="gelu"), {"stages.1.blocks.0.op.A_logs": (4, 2)}),
+    ],
+)
+def test_other_configurations_of_the_official_class(kwargs, shapes) -> None:
+    model = from_official("VSSM", OFFICIAL | kwargs).model
+    state = model.state_dict()
+    assert {key: tuple(state[key].shape) for key in shapes} == shapes
+    assert model(torch.randn(1, 3, 33, 40)).shape == (1, 3)
+
+
+def test_without_a_convolution_the_scan_reads_the_projection() -> None:
+    model = from_official("VSSM", OFFICIAL | dict(forward_type="v05_noz", ssm_conv=1)).model
+    assert not any("conv2d" in key for key in model.state_dict())
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+def test_what_was_never_published_is_refused() -> None:
+    with pytest.raises(ValueError, match="gmlp=True"):
+        from_official("VSSM", OFFICIAL | dict(gmlp=True))

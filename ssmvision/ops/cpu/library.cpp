@@ -49,26 +49,22 @@ const int64_t* checked_order(const Optional& order, int64_t tokens) {
   return table;
 }
 
-// (b, k, c, l) of any strides; a route dimension of size 1 is shared by all routes.
+// (b, k, c, ..., l) of any strides; a route dimension of size 1 is shared by all routes.
 View view(const Tensor& t) {
   View v;
   v.data = floats(t);
   v.b = t.stride(0);
   v.k = t.size(1) == 1 ? 0 : t.stride(1);
   v.c = t.stride(2);
-  v.l = t.stride(3);
+  v.l = t.stride(t.dim() - 1);
   return v;
 }
 
 // (b, k, g, n, l)
 GroupedView grouped(const Tensor& t) {
   GroupedView v;
-  v.data = floats(t);
-  v.b = t.stride(0);
-  v.k = t.size(1) == 1 ? 0 : t.stride(1);
-  v.c = t.stride(2);
+  static_cast<View&>(v) = view(t);
   v.n = t.stride(3);
-  v.l = t.stride(4);
   v.groups = t.size(2);
   return v;
 }
