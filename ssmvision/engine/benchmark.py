@@ -122,15 +122,21 @@ def measure_op(shape: OpShape, repeats: int, slow_repeats: int = 3) -> dict[str,
         u, delta, A, B, C, D, bias = args
         return selective_scan(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True, backend=backend)[0]
 
+    # Each side gets the memory layout that suits it: channels-last the native scan, channels-first the sequential ones.
+    def own_layout(call: Callable[..., Tensor]) -> list[Tensor]:
+        return inputs if call is native else [x.contiguous() for x in inputs]
+
     def forward(call: Callable[..., Tensor]) -> Callable[[], object]:
+        tensors = own_layout(call)
+
         def run() -> object:
             with torch.no_grad():
-                return call(*inputs)
+                return call(*tensors)
 
         return run
 
     def train(call: Callable[..., Tensor]) -> Callable[[], object]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
+        leaves = [x.detach().requires_grad_() for x in own_layout(call)]
 
         def run() -> object:
             y = call(*leaves)

@@ -12,6 +12,8 @@
 namespace ssmvision {
 namespace {
 
+// States whose recurrences advance in lockstep: as many as leave their constants in registers.
+constexpr int TOGETHER = LANES == 16 ? 4 : 2;
 constexpr float LOG2E = 1.44269504088896341f;
 
 // (d, rows) -> (rows, d) for the channels of one task, so that lanes load contiguous channels.
@@ -136,6 +138,13 @@ struct Delta {
   }
 };
 
+// Two passes with short chains instead of one with long ones, for the scheduler's sake; see exp2_products.
+inline void softplus_tile(vf* x, int count) {
+  vf e[CHUNK];
+  for (int t = 0; t < count; ++t) e[t] = exp_neg_abs(x[t]);
+  for (int t = 0; t < count; ++t) x[t] = vmax(splat(0.f), x[t]) + log1pv(e[t]);
+}
+
 // NS states advance together: they share the loads of dt, x and y, and hide each other's latency. BOUNDED: no exponent
 // of this block exceeds 126 in magnitude, which saves the comparisons.
 template <int NS, bool BOUNDED, class Coefficients>
@@ -146,12 +155,13 @@ static void advance(const vf* dt, const vf* x, vf* y, vf* h, const vf* a2, const
   for (int t = 0; t < steps.count; ++t) {
     vf out = y[t];
     const vf step = dt[t], drive = x[t];
-    for (int i = 0; i < NS; ++i) {
-      const vf a = BOUNDED ? exp2_product(step, a2[i]) : exp2v(step * a2[i]);
-      if (__builtin_expect(steps.reset[t], 0)) state[i] = vf{};
-      state[i] = a * state[i] + drive * B.get(t, n + i);
-      out += state[i] * C.get(t, n + i);
-    }
+    vf a[NS];
+    if (BOUNDED) exp2_products<NS>(a, step, a2);
+    else for (int i = 0; i < NS; ++i) a[i] = exp2v(step * a2[i]);
+    if (__builtin_expect(steps.reset[t], 0))
+      for (int i = 0; i < NS; ++i) state[i] = vf{};
+    for (int i = 0; i < NS; ++i) state[i] = a[i] * state[i] + drive * B.get(t, n + i);
+    for (int i = 0; i < NS; ++i) out += state[i] * C.get(t, n + i);
     y[t] = out;
   }
   for (int i = 0; i < NS; ++i) h[i] = state[i];
@@ -206,8 +216,8 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
       delta.load(dt, steps, d, width);
       const vf skip = s.D ? load_part(s.D + ik * s.channels + d, width) : vf{};
       vf largest{};
+      if (s.softplus) softplus_tile(dt, steps.count);
       for (int t = 0; t < steps.count; ++t) {
-        if (s.softplus) dt[t] = softplus(dt[t]);
         largest = vmax(largest, vmax(dt[t], -dt[t]));
         y[t] = skip * x[t];
         x[t] *= dt[t];
@@ -217,8 +227,8 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
       C.load(steps, d, width);
       const float* a2 = &A2[size_t(d - d0)];
       int64_t n = 0;
-      for (; n + 4 <= s.states; n += 4)
-        advance_states<4>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
+      for (; n + TOGETHER <= s.states; n += TOGETHER)
+        advance_states<TOGETHER>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
       for (; n < s.states; ++n)
         advance_states<1>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
       store_tile(y, out + d * s.y.c, s.y.c, s.y.l, steps, width, s.merge && ik > 0);
@@ -330,9 +340,10 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
       load_tile(g.dy, dy + d * s.dy.c, s.dy.c, s.dy.l, steps, width);
       delta.load(g.raw, steps, d, width);
       for (int t = 0; t < steps.count; ++t) {
-        g.dt[t] = s.softplus ? softplus(g.raw[t]) : g.raw[t];
+        g.dt[t] = g.raw[t];
         g.ddt[t] = g.db[t] = vf{};
       }
+      if (s.softplus) softplus_tile(g.dt, steps.count);
       B.load(steps, d, width);
       C.load(steps, d, width);
       dB.enter(steps, d);

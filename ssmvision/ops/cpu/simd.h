@@ -68,10 +68,19 @@ static inline vf exp2v(vf x) {
   return scale_exponent(exp2_fraction(x - (rounded - splat(ROUNDER))), rounded);
 }
 
-// 2^(a b) where |a b| <= 126 is known: no comparisons, and the product is never rounded.
-static inline vf exp2_product(vf a, vf b) {
-  const vf rounded = a * b + splat(ROUNDER);
-  return scale_exponent(exp2_fraction(a * b - (rounded - splat(ROUNDER))), rounded);
+// out[i] = 2^(a b[i]) where |a b[i]| <= 126 is known: no comparisons, and the product is never rounded. The N chains
+// advance in lockstep: a core's floating-point scheduler is too short to overlap whole chains one after the other.
+template <int N>
+static inline void exp2_products(vf* out, vf a, const vf* b) {
+  vf rounded[N], f[N], p[N];
+  for (int i = 0; i < N; ++i) rounded[i] = a * b[i] + splat(ROUNDER);
+  for (int i = 0; i < N; ++i) f[i] = a * b[i] - (rounded[i] - splat(ROUNDER));
+  for (int i = 0; i < N; ++i) p[i] = splat(0.00132647273f) * f[i] + splat(0.00967151299f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(0.0555073358f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(0.240222424f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(0.693147004f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(1.f);
+  for (int i = 0; i < N; ++i) out[i] = scale_exponent(p[i], rounded[i]);
 }
 
 // log(1 + e) for e in [0, 1], as 2 atanh(e / (2 + e)): no cancellation for small e.
@@ -87,7 +96,6 @@ static inline vf log1pv(vf e) {
 }
 
 static inline vf exp_neg_abs(vf x) { return exp2v(vmin(-x, x) * splat(1.44269504f)); }
-static inline vf softplus(vf x) { return vmax(splat(0.f), x) + log1pv(exp_neg_abs(x)); }
 static inline vf sigmoid(vf x) {
   const vf e = exp_neg_abs(x), one = splat(1.f);
   return (x >= 0.f ? one : e) / (one + e);
