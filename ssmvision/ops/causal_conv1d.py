@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _backend, cpu, reference
 from ._library import Kernel, cast, empty_like_layout, expect, expect_real, expect_routes, no_autocast, register
 
-MAX_WIDTH = 16  # as in cpu/causal_conv1d_kernel.h
+MAX_WIDTH = 16  # as in cpu/causal_conv1d.cpp
 
 
 def causal_conv1d(

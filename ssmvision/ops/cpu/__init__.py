@@ -2,20 +2,18 @@
 
 import functools
 import os
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .build import NativeBuildError, ensure_library
+from .build import ISAS, NativeBuildError, best_isa, ensure_library
 
 __all__ = [
     "NativeBuildError", "causal_conv1d", "causal_conv1d_backward", "instruction_set", "load", "selective_scan",
     "selective_scan_backward",
 ]  # fmt: skip
 
-_LANES = {16: "avx512", 8: "avx2", 4: "generic"}  # floats in a vector, and the instruction set that has it
 _MIN_ELEMENTS_PER_TASK = 1 << 20  # about 0.3 ms of work: less is not worth waking a second thread
 
 
@@ -28,21 +26,26 @@ def load() -> None:
     """
     if os.environ.get("SSMVISION_NATIVE", "1") == "0":
         raise NativeBuildError("switched off by SSMVISION_NATIVE=0")
-    asked = os.environ.get("SSMVISION_ISA", "")
-    if asked not in ("", *_LANES.values()):
-        raise NativeBuildError(f"SSMVISION_ISA={asked} is not one of {', '.join(_LANES.values())}")
-    path = ensure_library()
+    path = ensure_library(instruction_set())
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise NativeBuildError(f"{path} does not load ({error}); delete it to build it anew") from error
-    if asked and instruction_set() != asked:
-        warnings.warn(f"this machine has no {asked}: scans use {instruction_set()}", RuntimeWarning, stacklevel=2)
 
 
+@functools.cache
 def instruction_set() -> str:
-    """The instruction set that the kernels use on this machine."""
-    return _LANES[torch.ops.ssmvision_cpu.lanes()]
+    """The instruction set that the kernels use on this machine; `SSMVISION_ISA` asks for a narrower one.
+
+    Raises:
+        NativeBuildError: `SSMVISION_ISA` names none, or one that this machine lacks.
+    """
+    best = best_isa()
+    asked = os.environ.get("SSMVISION_ISA") or best
+    available = ISAS[: ISAS.index(best) + 1]
+    if asked not in available:
+        raise NativeBuildError(f"SSMVISION_ISA={asked} is not one of {', '.join(available)}, which this machine has")
+    return asked
 
 
 def _slices(batch: int, channels: int, elements: int) -> int:

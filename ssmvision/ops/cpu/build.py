@@ -20,32 +20,35 @@ _SOURCES = Path(__file__).parent
 # torch's stable C ABI of version 2.10: a library built against it loads in every later torch.
 _STABLE_ABI = "0x020a000000000000"
 _FLAGS = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-_ISA_FLAGS = {
+_ISA_FLAGS: dict[str, list[str]] = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
 }
 
 
+ISAS = tuple(_ISA_FLAGS)  # narrowest first
+
+
 class NativeBuildError(RuntimeError):
     """The native library cannot be built here; the message says why and what would help."""
 
 
-def library_path() -> Path:
-    """Where the library of this source and platform lies, built or not.
+def library_path(isa: str) -> Path:
+    """Where the library of this source and instruction set lies, built or not.
 
     It may have been built on another machine that shares the cache: running it needs no compiler.
     `SSMVISION_CACHE` moves the cache; the default is `~/.cache/ssmvision`.
     """
-    digest = hashlib.sha256(" ".join([*_FLAGS, _STABLE_ABI]).encode())
+    digest = hashlib.sha256(" ".join([*_FLAGS, *_ISA_FLAGS[isa], _STABLE_ABI]).encode())
     for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
         digest.update(source.read_bytes())
     cache = Path(os.environ.get("SSMVISION_CACHE") or Path.home() / ".cache" / "ssmvision")
-    return cache / f"libssmvision_cpu-{platform.machine()}-{digest.hexdigest()[:16]}.so"
+    return cache / f"libssmvision_cpu-{platform.machine()}-{isa}-{digest.hexdigest()[:16]}.so"
 
 
-def ensure_library() -> Path:
-    """Return the path of the native library, building it if the cache has none.
+def ensure_library(isa: str) -> Path:
+    """Return the path of the native library for an instruction set, building it if the cache has none.
 
     Safe when several processes start at once: each builds in a folder of its own and renames the result into place,
     and a rename either happens or does not. A short lock only spares the others the work.
@@ -53,14 +56,14 @@ def ensure_library() -> Path:
     Raises:
         NativeBuildError: No compiler, a torch without the stable ABI, or a failed compilation.
     """
-    path = library_path()
+    path = library_path(isa)
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
             if not path.exists():
-                _build(path)
+                _build(path, isa)
     except OSError as error:
         raise NativeBuildError(f"cannot write the cache {path.parent} ({error}); set SSMVISION_CACHE") from error
     return path
@@ -70,7 +73,7 @@ def _compiler() -> str:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
 
 
-def _build(path: Path) -> None:
+def _build(path: Path, isa: str) -> None:
     compiler = _compiler()
     if sys.platform == "win32":
         raise NativeBuildError("native kernels are built for Linux and macOS only")
@@ -80,22 +83,21 @@ def _build(path: Path) -> None:
     if not (include / "torch" / "csrc" / "stable" / "library.h").exists():
         raise NativeBuildError(f"torch {torch.__version__} has no stable C ABI headers; torch >= 2.10 does")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        kernel = _SOURCES / "kernels.cpp"
-        units = {
-            "library": [f"-DTORCH_TARGET_VERSION={_STABLE_ABI}", f"-I{include}", str(_SOURCES / "library.cpp")],
-            **{isa: [*flags, f"-DISA={isa}", str(kernel)] for isa, flags in _supported_isas().items()},
-        }
-        commands = [[compiler, *_FLAGS, *args, "-c", "-o", f"{folder}/{unit}.o"] for unit, args in units.items()]
+        flags = [*_FLAGS, *_ISA_FLAGS[isa], f"-DTORCH_TARGET_VERSION={_STABLE_ABI}", f"-I{include}"]
+        objects = {source: f"{folder}/{source.stem}.o" for source in sorted(_SOURCES.glob("*.cpp"))}
+        commands = [[compiler, *flags, "-c", str(source), "-o", out] for source, out in objects.items()]
         with ThreadPoolExecutor() as pool:
             list(pool.map(_run, commands))
         built = Path(folder) / path.name
-        _run([compiler, "-shared", "-o", str(built), *(f"{folder}/{unit}.o" for unit in units), *_link_flags()])
+        _run([compiler, "-shared", "-o", str(built), *objects.values(), *_link_flags()])
         built.replace(path)
 
 
-def _supported_isas() -> dict[str, list[str]]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return _ISA_FLAGS if x86 else {"generic": []}
+def best_isa() -> str:
+    """The widest instruction set of `ISAS` that this machine has."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "generic"
+    return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "generic")
 
 
 def _link_flags() -> list[str]:

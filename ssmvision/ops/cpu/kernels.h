@@ -61,16 +61,9 @@ struct ConvGrad : Conv {
 };
 
 // One task: sample ib, channels [d0, d1), every route in turn (so that merged outputs have one writer).
-struct Kernels {
-  const char* name;
-  void (*scan_forward)(const Scan&, int64_t ib, int64_t d0, int64_t d1);
-  void (*scan_backward)(const ScanGrad&, int64_t ib, int64_t slice, int64_t d0, int64_t d1);
-  void (*conv_forward)(const Conv&, int64_t ib, int64_t d0, int64_t d1);
-  void (*conv_backward)(const ConvGrad&, int64_t ib, int64_t d0, int64_t d1);
-};
-
-extern const Kernels kernels_generic;
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+void scan_forward(const Scan&, int64_t ib, int64_t d0, int64_t d1);
+void scan_backward(const ScanGrad&, int64_t ib, int64_t slice, int64_t d0, int64_t d1);
+void conv_forward(const Conv&, int64_t ib, int64_t d0, int64_t d1);
+void conv_backward(const ConvGrad&, int64_t ib, int64_t d0, int64_t d1);
 
 }  // namespace ssmvision

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -16,25 +15,6 @@ using Optional = std::optional<Tensor>;
 
 namespace ssmvision {
 namespace {
-
-const Kernels& choose() {
-  const char* wanted = std::getenv("SSMVISION_ISA");
-  const std::string name = wanted ? wanted : "";
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  if (avx512 && (name.empty() || name == "avx512")) return kernels_avx512;
-  if (avx2 && (name.empty() || name == "avx2" || name == "avx512")) return kernels_avx2;
-#endif
-  return kernels_generic;
-}
-
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
-}
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 float* floats(const Optional& t) { return t ? floats(*t) : nullptr; }
@@ -112,7 +92,7 @@ void for_each_task(const Shape& s, const Task& task) {
   });
 }
 
-void scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional bias, Optional projection,
+void call_scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional bias, Optional projection,
              Optional initial, Optional reset, Optional order, bool softplus, bool merge, int64_t slices, Tensor y,
              Tensor last, Tensor checkpoints) {
   Scan s;
@@ -120,10 +100,10 @@ void scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional
   s.y = view(y);
   s.initial = floats(initial);
   s.last = floats(last);
-  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { kernels().scan_forward(s, ib, d0, d1); });
+  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { scan_forward(s, ib, d0, d1); });
 }
 
-void scan_backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D,
+void call_scan_backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D,
               Optional bias, Optional reset, Optional order, bool softplus, bool merge, int64_t slices,
               Tensor checkpoints, Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Optional dD,
               Optional dbias, Tensor dinitial) {
@@ -139,7 +119,7 @@ void scan_backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tensor A, 
   s.dD = floats(dD);
   s.dbias = floats(dbias);
   s.dinitial = floats(dinitial);
-  for_each_task(s, [&](int64_t ib, int64_t slice, int64_t d0, int64_t d1) { kernels().scan_backward(s, ib, slice, d0, d1); });
+  for_each_task(s, [&](int64_t ib, int64_t slice, int64_t d0, int64_t d1) { scan_backward(s, ib, slice, d0, d1); });
 }
 
 // x (b, 1, d, l), weight (k, w, d), y (b, k, d, l)
@@ -158,14 +138,14 @@ void describe(Conv& s, const Tensor& x, const Tensor& weight, const Optional& bi
   s.slices = slices;
 }
 
-void conv_forward(Tensor x, Tensor weight, Optional bias, Optional order, bool silu, int64_t slices, Tensor y) {
+void call_conv_forward(Tensor x, Tensor weight, Optional bias, Optional order, bool silu, int64_t slices, Tensor y) {
   Conv s;
   describe(s, x, weight, bias, order, silu, slices);
   s.y = view(y);
-  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { kernels().conv_forward(s, ib, d0, d1); });
+  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { conv_forward(s, ib, d0, d1); });
 }
 
-void conv_backward(Tensor dy, Tensor x, Tensor weight, Optional bias, Optional order, bool silu, int64_t slices,
+void call_conv_backward(Tensor dy, Tensor x, Tensor weight, Optional bias, Optional order, bool silu, int64_t slices,
                    Tensor dx, Tensor dweight, Tensor dbias) {
   ConvGrad s;
   describe(s, x, weight, bias, order, silu, slices);
@@ -173,10 +153,8 @@ void conv_backward(Tensor dy, Tensor x, Tensor weight, Optional bias, Optional o
   s.dx = view(dx);
   s.dweight = floats(dweight);
   s.dbias = floats(dbias);
-  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { kernels().conv_backward(s, ib, d0, d1); });
+  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { conv_backward(s, ib, d0, d1); });
 }
-
-int64_t lanes() { return std::string(kernels().name) == "avx512" ? 16 : std::string(kernels().name) == "avx2" ? 8 : 4; }
 
 }  // namespace
 }  // namespace ssmvision
@@ -196,16 +174,11 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
   m.def(
       "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? order, bool silu, int slices, "
       "Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
-  m.def("lanes() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
-  m.impl("selective_scan", TORCH_BOX(&ssmvision::scan_forward));
-  m.impl("selective_scan_backward", TORCH_BOX(&ssmvision::scan_backward));
-  m.impl("causal_conv1d", TORCH_BOX(&ssmvision::conv_forward));
-  m.impl("causal_conv1d_backward", TORCH_BOX(&ssmvision::conv_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CompositeExplicitAutograd, m) {
-  m.impl("lanes", TORCH_BOX(&ssmvision::lanes));
+  m.impl("selective_scan", TORCH_BOX(&ssmvision::call_scan_forward));
+  m.impl("selective_scan_backward", TORCH_BOX(&ssmvision::call_scan_backward));
+  m.impl("causal_conv1d", TORCH_BOX(&ssmvision::call_conv_forward));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&ssmvision::call_conv_backward));
 }

@@ -1,5 +1,4 @@
-// The causal depthwise convolution on one CPU core; included by kernels.cpp once per instruction set.
-#pragma once
+// The causal depthwise convolution on one CPU core.
 #include "tiles.h"
 
 namespace ssmvision {
@@ -31,7 +30,21 @@ inline void load_weights(vf* weight, vf& bias, const Conv& s, int64_t ik, int64_
   bias = s.bias ? load_part(s.bias + ik * s.channels + d, lanes) : vf{};
 }
 
-inline void conv_forward(const Conv& s, int64_t ib, int64_t d0, int64_t d1) {
+// Adds the gradient of a window to dx, where windows of neighbouring chunks overlap.
+inline void add_window(const ConvGrad& s, const Window& grad, const Steps& steps, const int64_t* row, int64_t ib,
+                       int64_t d, int64_t chunk, int lanes) {
+  float* dx = s.dx.at(ib, 0) + d * s.dx.c;
+  for (int j = 0; j < s.width - 1; ++j) {
+    const int64_t t = chunk * CHUNK - (s.width - 1) + j;
+    float* p = dx + (row && t >= 0 ? row[t] : t) * s.dx.l;
+    for (int i = 0; i < (t < 0 ? 0 : lanes); ++i) p[i * s.dx.c] += grad.tile[j][i];
+  }
+  store_tile(grad.tile + s.width - 1, dx, s.dx.c, s.dx.l, steps, lanes, true);
+}
+
+}  // namespace
+
+void conv_forward(const Conv& s, int64_t ib, int64_t d0, int64_t d1) {
   Window window;
   vf weight[MAX_WIDTH], bias, y[CHUNK];
   for (int64_t chunk = 0; chunk * CHUNK < s.tokens; ++chunk)
@@ -51,19 +64,7 @@ inline void conv_forward(const Conv& s, int64_t ib, int64_t d0, int64_t d1) {
     }
 }
 
-// Adds the gradient of a window to dx, where windows of neighbouring chunks overlap.
-inline void add_window(const ConvGrad& s, const Window& grad, const Steps& steps, const int64_t* row, int64_t ib,
-                       int64_t d, int64_t chunk, int lanes) {
-  float* dx = s.dx.at(ib, 0) + d * s.dx.c;
-  for (int j = 0; j < s.width - 1; ++j) {
-    const int64_t t = chunk * CHUNK - (s.width - 1) + j;
-    float* p = dx + (row && t >= 0 ? row[t] : t) * s.dx.l;
-    for (int i = 0; i < (t < 0 ? 0 : lanes); ++i) p[i * s.dx.c] += grad.tile[j][i];
-  }
-  store_tile(grad.tile + s.width - 1, dx, s.dx.c, s.dx.l, steps, lanes, true);
-}
-
-inline void conv_backward(const ConvGrad& s, int64_t ib, int64_t d0, int64_t d1) {
+void conv_backward(const ConvGrad& s, int64_t ib, int64_t d0, int64_t d1) {
   Window window, dwindow;
   vf weight[MAX_WIDTH], dweight[MAX_WIDTH], bias, dy[CHUNK];
   for (int64_t ik = 0; ik < s.routes; ++ik) {
@@ -99,5 +100,4 @@ inline void conv_backward(const ConvGrad& s, int64_t ib, int64_t d0, int64_t d1)
   }
 }
 
-}  // namespace
 }  // namespace ssmvision
