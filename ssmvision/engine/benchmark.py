@@ -83,9 +83,12 @@ def published_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     Shapes as in `selective_scan` with one route; grouped B and C.
     """
     delta = F.softplus(delta + delta_bias[:, None])
-    B, C = (x.repeat_interleave(u.shape[1] // x.shape[1], dim=1) for x in (B, C))
     decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
-    drive = torch.einsum("bdl,bdnl,bdl->bdln", delta, B, u)
+    if B.shape[1] == 1:  # shared by all channels: never repeated
+        drive = torch.einsum("bdl,bnl,bdl->bdln", delta, B[:, 0], u)
+    else:
+        drive = torch.einsum("bdl,bdnl,bdl->bdln", delta, B.repeat_interleave(u.shape[1] // B.shape[1], dim=1), u)
+    C = C.repeat_interleave(u.shape[1] // C.shape[1], dim=1) if C.shape[1] > 1 else C.expand(-1, u.shape[1], -1, -1)
     state = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
     outputs = []
     for t in range(u.shape[2]):
