@@ -1,68 +1,78 @@
 """Which code runs an operator: decided once per call, visible, and never a silent fall to a slow path."""
 
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import cpu, triton
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
+_FASTEST = {"cpu": "cpu", "cuda": "triton"}  # "cuda" is also what torch calls ROCm devices
+_LOADERS: dict[str, Callable[[], None]] = {"cpu": cpu.load, "triton": triton.load}
+_DEVICES: dict[str, Callable[[], tuple[str, ...]]] = {"cpu": lambda: ("cpu",), "triton": triton.devices}
 
 
-def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend for tensors of `dtype` on `device`: "cpu", "triton" or "reference".
+def choose(operator: str, requested: str, x: Tensor) -> Any:
+    """Return the module that runs `operator` on tensors like `x`: `ops.<backend>.<operator>`.
 
     Args:
+        operator: Name of the operator, which every backend has as a module with `forward` and `backward`.
         requested: A backend name; "auto" defers to the environment variable `SSMVISION_BACKEND`, then to the device.
-        device: Where the tensors are.
-        dtype: Floating-point type of the tokens.
+        x: The tokens; their device and floating-point type decide.
 
     Raises:
         ValueError: Unknown backend, or one that cannot run these tensors.
         NativeBuildError: "cpu" was asked for by name and the native library cannot be built.
     """
+    return _module(_resolve(operator, requested, x.device, x.dtype), operator)
+
+
+@functools.cache
+def _module(backend: str, operator: str) -> ModuleType:
+    return importlib.import_module(f".{backend}.{operator}", __package__)
+
+
+def _resolve(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
     name = requested if requested != "auto" else os.environ.get("SSMVISION_BACKEND", "auto")
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     if name == "reference" or device.type == "meta":
         return "reference"
     if name == "auto":
-        return _automatic(device.type, dtype)
-    if device.type != {"cpu": "cpu", "triton": "cuda"}[name]:
+        return _automatic(operator, device.type, dtype)
+    if device.type not in _DEVICES[name]():
         raise ValueError(f"backend {name!r} cannot run tensors on {device}")
-    if dtype == torch.float64:
+    if dtype in (torch.float64, torch.complex128):
         raise ValueError(f"backend {name!r} computes in float32; use backend='reference' for float64")
-    if name == "cpu":
-        cpu.load()
-    else:
-        triton.load()
+    _LOADERS[name]()
     return name
 
 
-def _automatic(device: str, dtype: torch.dtype) -> str:
-    reason = _obstacle(device)
-    if dtype == torch.float64:
+def _automatic(operator: str, device: str, dtype: torch.dtype) -> str:
+    name = _FASTEST.get(device)
+    reason = _obstacle(name) if name else f"there is none for {device} tensors"
+    if dtype in (torch.float64, torch.complex128):
         reason = "it computes in float32 and the tensors are float64"
-    if reason is None:
-        return {"cpu": "cpu", "cuda": "triton"}[device]
-    _warn_once(f"selective_scan on {device} runs on the slow PyTorch reference backend, because the native one is not "
+    if name is not None and reason is None:
+        return name
+    _warn_once(f"{operator} on {device} runs on the slow PyTorch reference backend, because the native one is not "
                f"usable: {reason}. Silence this by asking for it: SSMVISION_BACKEND=reference.")  # fmt: skip
     return "reference"
 
 
 @functools.cache
-def _obstacle(device: str) -> str | None:
-    """Why the fast backend of a device cannot run, or None if it can."""
-    loaders: dict[str, Callable[[], None]] = {"cpu": cpu.load, "cuda": triton.load}
-    if device not in loaders:
-        return f"there is none for {device} tensors"
+def _obstacle(backend: str) -> str | None:
+    """Why a fast backend cannot run, or None if it can."""
     try:
-        loaders[device]()
-    except (cpu.NativeBuildError, NotImplementedError) as error:
+        _LOADERS[backend]()
+    except (cpu.NativeBuildError, triton.TritonUnavailableError) as error:
         return str(error)
     return None
 
@@ -82,8 +92,8 @@ def backend_info() -> dict[str, Any]:
         "override" the value of `SSMVISION_BACKEND`.
     """
     info: dict[str, Any] = {"override": os.environ.get("SSMVISION_BACKEND")}
-    for device, fast in (("cpu", "cpu"), ("cuda", "triton")):
-        obstacle = _obstacle(device)
+    for device, fast in _FASTEST.items():
+        obstacle = _obstacle(fast)
         detail = obstacle or (cpu.instruction_set() if device == "cpu" else "")
         info[device] = {"backend": "reference" if obstacle else fast, "detail": detail}
     return info

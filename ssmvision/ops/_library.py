@@ -1,11 +1,15 @@
 """What operators share: how they are registered with torch, how shapes are checked, which layouts outputs have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+
+CHUNK = 64  # steps between two states that a scan saves for its backward pass; must equal CHUNK in cpu/csrc/kernels.h
+
+Gradients = Sequence[Optional[Tensor]]  # one per differentiable input, None where that is absent
 
 _NAMESPACE = "ssmvision"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
@@ -96,9 +100,28 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Any:
     return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
-def empty_like_layout(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+def cast_token(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)` for what is as large as the tokens: 16-bit stays as it is, backends read it."""
+    return x if x.dtype in (torch.bfloat16, torch.float16) else cast(x, dtype)
+
+
+def in_float32(args: Sequence[Any]) -> list[Any]:
+    """The arguments with 16-bit tensors widened, for backends that compute on whole float32 tensors."""
+    half = (torch.bfloat16, torch.float16)
+    return [x.float() if isinstance(x, Tensor) and x.dtype in half else x for x in args]
+
+
+def empty_like_layout(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized (b, k, d, l) tensor that keeps `x`'s habit: channels-last if x's channels are adjacent."""
     b, k, d, length = shape
     if x.stride(2) == 1:
-        return x.new_empty(b, k, length, d).transpose(-1, -2)
-    return x.new_empty(b, k, d, length)
+        return x.new_empty(b, k, length, d, dtype=dtype).transpose(-1, -2)
+    return x.new_empty(b, k, d, length, dtype=dtype)
+
+
+def settle(declared: list[Tensor], found: Gradients) -> list[Tensor]:
+    """Gradients in the types and layouts that fake tensors promise; empty where an input is absent."""
+    for target, value in zip(declared, found, strict=True):
+        if value is not None and value is not target:
+            target.copy_(value)
+    return declared

@@ -8,10 +8,23 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import _backend, cpu, reference
-from ._library import Kernel, cast, empty_like_layout, expect, expect_real, expect_routes, no_autocast, register
+from . import _backend
+from ._library import (
+    Gradients,
+    Kernel,
+    cast,
+    cast_token,
+    empty_like_layout,
+    expect,
+    expect_real,
+    expect_routes,
+    no_autocast,
+    register,
+    settle,
+)  # fmt: skip
+from .reference import causal_conv1d as reference
 
-MAX_WIDTH = 16  # as in cpu/causal_conv1d.cpp
+MAX_WIDTH = 16  # as in cpu/csrc/causal_conv1d.cpp
 
 
 def causal_conv1d(
@@ -62,39 +75,27 @@ def _composite(
     expect_routes("causal_conv1d", routes, (k, x.shape[-1]))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.ops.ssmvision.causal_conv1d_forward(
-        cast(x.unsqueeze(1), dtype), cast(weight, dtype), cast(bias, dtype), routes, silu, backend
+        cast_token(x.unsqueeze(1), dtype), cast(weight, dtype), cast(bias, dtype), routes, silu, backend
     )
     y = cast(y, x.dtype)
     return y.squeeze(1) if single else y
 
 
 def _allocate(x: Tensor, weight: Tensor) -> Tensor:
-    return empty_like_layout(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+    return empty_like_layout(x, (x.shape[0], weight.shape[0], *x.shape[2:]), weight.dtype)
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], routes: Optional[Tensor], silu: bool, backend: str
-) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    *rest, backend = args
     y = _allocate(x, weight)
-    if _backend.resolve(backend, x.device, x.dtype) == "cpu":
-        return cpu.causal_conv1d(x, weight, bias, routes, silu, out=y)
-    with no_autocast(x):
-        return y.copy_(reference.causal_conv1d(x, weight, bias, routes, silu))
+    _backend.choose("causal_conv1d", backend, x).forward(x, weight, *rest, out=y)
+    return y
 
 
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], routes: Optional[Tensor], silu: bool, backend: str
-) -> list[Tensor]:
-    grads = _allocate_grads(x, weight)
-    if _backend.resolve(backend, x.device, x.dtype) == "cpu":
-        found = cpu.causal_conv1d_backward(dy, x, weight, bias, routes, silu, dx=grads[0].zero_())
-    else:
-        with no_autocast(x):
-            found = reference.causal_conv1d_backward(dy, x, weight, bias, routes, silu)
-    for grad, value in zip(grads, found, strict=True):
-        if value is not grad:
-            grad.copy_(value)
-    return grads
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> list[Tensor]:
+    *rest, backend = args
+    found = _backend.choose("causal_conv1d", backend, x).backward(dy, x, weight, *rest)
+    return settle(_allocate_grads(x, weight), found)
 
 
 def _allocate_grads(x: Tensor, weight: Tensor) -> list[Tensor]:
@@ -106,11 +107,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _autograd(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
+def _autograd(ctx: Any, dy: Tensor) -> Gradients:
     x, weight, bias, routes = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
         with no_autocast(dy):
-            dx, dw, db = reference.causal_conv1d_backward(dy, x, weight, bias, routes, ctx.silu)
+            dx, dw, db = reference.adjoint(dy, x, weight, bias, routes, ctx.silu)
     else:
         dx, dw, db = torch.ops.ssmvision.causal_conv1d_backward(dy, x, weight, bias, routes, ctx.silu, ctx.backend)
     return dx, dw, None if bias is None else db, None, None, None

@@ -11,10 +11,22 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import _backend, cpu, reference
-from ._library import Kernel, cast, empty_like_layout, expect, expect_real, expect_routes, no_autocast, register
-
-CHUNK = 64  # steps between two saved states; must equal CHUNK in cpu/kernels.h
+from . import _backend
+from ._library import (
+    CHUNK,
+    Gradients,
+    Kernel,
+    cast,
+    cast_token,
+    empty_like_layout,
+    expect,
+    expect_real,
+    expect_routes,
+    no_autocast,
+    register,
+    settle,
+)  # fmt: skip
+from .reference import selective_scan as reference
 
 
 def selective_scan(
@@ -104,7 +116,8 @@ def _composite(
         reset = reset.unsqueeze(1)
     _check(x, delta, A, B, C, D, z, delta_bias, dt_proj, initial_state, reset, routes, merge)
     y, last, _ = torch.ops.ssmvision.selective_scan_forward(
-        *(cast(t, dtype) for t in (x, delta, A, B, C, D, delta_bias, dt_proj, initial_state)),
+        cast_token(x, dtype), cast_token(delta, dtype), cast(A, dtype), cast_token(B, dtype), cast_token(C, dtype),
+        *(cast(t, dtype) for t in (D, delta_bias, dt_proj, initial_state)),
         reset, routes, delta_softplus, merge, backend,
     )  # fmt: skip
     if merge or not routed:
@@ -155,37 +168,23 @@ def _check(
 
 
 def _allocate(u: Tensor, A: Tensor, routes: Optional[Tensor], merge: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialized y, last state and checkpoints. Kernels, reference and fake tensors share these layouts."""
+    """Uninitialized y, last state and checkpoints. Backends and fake tensors share these layouts."""
     (b, _, d, length), (k, _, n) = u.shape, A.shape
     steps = length if routes is None else routes.shape[1]
-    y = empty_like_layout(u, (b, 1 if merge else k, d, length))
-    last = u.new_empty(b, k, n, d).transpose(-1, -2)
-    return y, last, u.new_empty(b, k, (steps + CHUNK - 1) // CHUNK, n, d)
+    y = empty_like_layout(u, (b, 1 if merge else k, d, length), A.dtype)
+    last = A.new_empty(b, k, n, d).transpose(-1, -2)
+    return y, last, A.new_empty(b, k, (steps + CHUNK - 1) // CHUNK, n, d)
 
 
-def _forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], delta_bias: Optional[Tensor],
-    dt_proj: Optional[Tensor], initial_state: Optional[Tensor], reset: Optional[Tensor], routes: Optional[Tensor],
-    delta_softplus: bool, merge: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, last, checkpoints = _allocate(u, A, routes, merge)
-    args = (u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes, delta_softplus, merge)
-    if _backend.resolve(backend, u.device, u.dtype) == "cpu":
-        if routes is not None and routes.shape[1] != u.shape[-1]:
-            y.zero_()
-        cpu.selective_scan(*args, out=(y, last, checkpoints))
-    else:
-        with no_autocast(u):
-            y_ref, last_ref, before = reference.selective_scan(*args)
-        y.copy_(y_ref)
-        last.copy_(last_ref)
-        checkpoints.copy_(before[::CHUNK].permute(1, 2, 0, 4, 3))
-    return y, last, checkpoints
+def _forward(u: Tensor, delta: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, backend = args
+    out = _allocate(u, A, routes=args[7], merge=args[9])
+    _backend.choose("selective_scan", backend, u).forward(u, delta, A, *rest, out=out)
+    return out
 
 
 def _forward_fake(u: Tensor, delta: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    routes, merge = args[7], args[9]
-    return _allocate(u, A, routes, merge)
+    return _allocate(u, A, routes=args[7], merge=args[9])
 
 
 def _allocate_grads(
@@ -195,52 +194,18 @@ def _allocate_grads(
     """Uninitialized gradients in the layouts in which kernels produce them; empty ones for absent inputs."""
 
     def transposed(x: Tensor) -> Tensor:
-        return u.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-2]).transpose(-1, -2)
+        return x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-2]).transpose(-1, -2)
 
     grads = [empty_like_layout(u, u.shape), empty_like_layout(delta, delta.shape), *map(transposed, (A, B, C))]
-    grads += [u.new_empty(0) if x is None else u.new_empty(x.shape) for x in (D, delta_bias, dt_proj)]
+    grads += [u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (D, delta_bias, dt_proj)]
     return [*grads, u.new_empty(0) if initial_state is None else transposed(initial_state)]
 
 
-def _backward(
-    dy: Tensor, dlast: Optional[Tensor], checkpoints: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
-    C: Tensor, D: Optional[Tensor], delta_bias: Optional[Tensor], dt_proj: Optional[Tensor],
-    initial_state: Optional[Tensor], reset: Optional[Tensor], routes: Optional[Tensor], delta_softplus: bool,
-    merge: bool, backend: str,
-) -> list[Tensor]:  # fmt: skip
-    args = (u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes, delta_softplus, merge)
-    with no_autocast(u):  # a backward pass may run inside the caller's autocast region
-        if _backend.resolve(backend, u.device, u.dtype) == "cpu":
-            return [u.new_empty(0) if g is None else g for g in _backward_cpu(dy, dlast, checkpoints, *args)]
-        computed = reference.selective_scan_backward(dy, dlast, *args)
-    grads = _allocate_grads(u, delta, A, B, C, D, delta_bias, dt_proj, initial_state)
-    for grad, value in zip(grads, computed, strict=True):
-        if value is not None:
-            grad.copy_(value)
-    return grads
-
-
-def _backward_cpu(
-    dy: Tensor, dlast: Optional[Tensor], checkpoints: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
-    C: Tensor, D: Optional[Tensor], delta_bias: Optional[Tensor], dt_proj: Optional[Tensor],
-    initial_state: Optional[Tensor], reset: Optional[Tensor], routes: Optional[Tensor], delta_softplus: bool,
-    merge: bool,
-) -> tuple[Optional[Tensor], ...]:  # fmt: skip
-    full = delta
-    if dt_proj is not None:  # materialised for the time of this one call, as two matrix products per gradient need it
-        full = (delta.transpose(-1, -2) @ dt_proj.transpose(-1, -2)).transpose(-1, -2)
-    du, dfull = (empty_like_layout(x, x.shape) for x in (u, full))
-    if routes is not None and routes.shape[1] != u.shape[-1]:
-        du.zero_()
-        dfull.zero_()
-    dA, dB, dC, dD, dbias, dinitial = cpu.selective_scan_backward(
-        dy, dlast, u, full, A, B, C, D, delta_bias, reset, routes, checkpoints, delta_softplus, merge, du, dfull
-    )
-    ddelta, dproj = dfull, None
-    if dt_proj is not None:
-        ddelta = empty_like_layout(delta, delta.shape).copy_((dfull.transpose(-1, -2) @ dt_proj).transpose(-1, -2))
-        dproj = (dfull @ delta.transpose(-1, -2)).sum(0)
-    return du, ddelta, dA, dB, dC, dD, dbias, dproj, None if initial_state is None else dinitial
+def _backward(dy: Tensor, dlast: Optional[Tensor], checkpoints: Tensor, u: Tensor, *args: Any) -> list[Tensor]:
+    *rest, backend = args
+    grads = _allocate_grads(u, *rest[:8])
+    found = _backend.choose("selective_scan", backend, u).backward(dy, dlast, checkpoints, u, *rest)
+    return settle(grads, found)
 
 
 def _backward_fake(dy: Tensor, dlast: Optional[Tensor], checkpoints: Tensor, *args: Any) -> list[Tensor]:
@@ -252,12 +217,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(output[2], *tensors)
 
 
-def _autograd(ctx: Any, dy: Tensor, dlast: Optional[Tensor], _: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+def _autograd(ctx: Any, dy: Tensor, dlast: Optional[Tensor], _: Optional[Tensor]) -> Gradients:
     saved: Any = ctx.saved_tensors
     checkpoints, tensors = saved[0], saved[1:]
     if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
         with no_autocast(dy):
-            grads = reference.selective_scan_backward(dy, dlast, *(*tensors, ctx.delta_softplus, ctx.merge))
+            grads = reference.adjoint(dy, dlast, *(*tensors, ctx.delta_softplus, ctx.merge))
     else:
         found = torch.ops.ssmvision.selective_scan_backward(
             dy, dlast, checkpoints, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = Path(__file__).parent
+_SOURCES = Path(__file__).parent / "csrc"
 # torch's stable C ABI of version 2.10: a library built against it loads in every later torch.
 _STABLE_ABI = "0x020a000000000000"
 _FLAGS = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]

@@ -1,10 +1,30 @@
-"""The slot for Triton kernels (CUDA and ROCm). Nothing here imports triton until a GPU tensor asks for it."""
+"""The Triton backend (CUDA and ROCm from one source), one module per operator; triton is imported on first use."""
+
+import functools
+import importlib.util
+import os
 
 
+class TritonUnavailableError(RuntimeError):
+    """Triton cannot run here; the message says why."""
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 is set: kernels then run on CPU tensors, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def devices() -> tuple[str, ...]:
+    """Types of devices whose tensors the kernels accept."""
+    return ("cuda", "cpu") if interpreting() else ("cuda",)
+
+
+@functools.cache
 def load() -> None:
-    """Make the kernels ready.
+    """Make sure that triton is there.
 
     Raises:
-        NotImplementedError: Always, as yet: scans on GPU tensors run on the reference backend, with a warning.
+        TritonUnavailableError: It is not installed.
     """
-    raise NotImplementedError("Triton kernels are not written yet")
+    if importlib.util.find_spec("triton") is None:
+        raise TritonUnavailableError("triton is not installed; it comes with torch for Linux, or: pip install triton")

@@ -5,7 +5,7 @@
 
 namespace ssmvision {
 
-constexpr int CHUNK = 64;  // steps between two saved states; must equal CHUNK in ops/selective_scan.py
+constexpr int CHUNK = 64;  // steps between two saved states; must equal CHUNK in ops/_library.py
 
 // A tensor seen as (b, k, c, l): c runs over channels, ranks or groups. A broadcast dimension has stride 0.
 struct View {

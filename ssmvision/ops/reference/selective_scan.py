@@ -1,16 +1,17 @@
-"""What the operators mean, in plain PyTorch: sequential, differentiable, float64-capable.
+"""What `selective_scan` means, in plain PyTorch: sequential, differentiable, float64-capable."""
 
-Every backend is tested against this file, and it is what runs where no faster backend can.
-
-Letters: b batch, k route, d channel, n state, g group of channels, l token, t step along a route, r rank of delta.
-"""
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._library import CHUNK, Gradients, in_float32, no_autocast
+from ._routes import along_routes, back_to_tokens, stack
 
-def selective_scan(
+
+def definition(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
     dt_proj: Tensor | None, initial_state: Tensor | None, reset: Tensor | None, routes: Tensor | None,
     delta_softplus: bool, merge: bool,
@@ -41,26 +42,26 @@ def selective_scan(
         before.append(h)
         h = decay_t * h + drive_t
         after.append(h)
-    y = torch.einsum("tbkdn,bkdnt->bkdt", _stack(after, h), C_t)
+    y = torch.einsum("tbkdn,bkdnt->bkdt", stack(after, h), C_t)
     if D is not None:
         y = y + D[..., None] * u_t
     y = back_to_tokens(y, routes, u.shape[-1])
-    return y.sum(1, keepdim=True) if merge else y, h, _stack(before, h)
+    return y.sum(1, keepdim=True) if merge else y, h, stack(before, h)
 
 
-def selective_scan_backward(
+def adjoint(
     dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     delta_bias: Tensor | None, dt_proj: Tensor | None, initial_state: Tensor | None, reset: Tensor | None,
     routes: Tensor | None, delta_softplus: bool, merge: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The adjoint of `selective_scan`, itself differentiable.
+) -> Gradients:  # fmt: skip
+    """The adjoint of `definition`, itself differentiable.
 
     Returns:
         Gradients of u, delta, A, B, C, D, delta_bias, dt_proj and initial_state; None where the input is None.
     """
     k, d, _ = A.shape
     tokens = u.shape[-1]
-    _, h, before = selective_scan(
+    _, h, before = definition(
         u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes, delta_softplus, merge
     )
     raw = _project(delta, dt_proj, delta_bias)
@@ -73,7 +74,7 @@ def selective_scan_backward(
     for decay_t, dy_s, C_s in zip(*(reversed(x.unbind(-1)) for x in (decay, dy_t, C_t)), strict=True):
         grads.append(dh + dy_s.unsqueeze(-1) * C_s)
         dh = grads[-1] * decay_t
-    grad = _stack(grads[::-1], h).movedim(0, -1)  # (b, k, d, n, t)
+    grad = stack(grads[::-1], h).movedim(0, -1)  # (b, k, d, n, t)
     before = before.movedim(0, -1)
     drive = (step * u_t).unsqueeze(3)
     after = decay * before + drive * B_t
@@ -98,61 +99,6 @@ def selective_scan_backward(
         None if dt_proj is None else torch.einsum("bkdl,bkrl->kdr", draw, delta),
         None if initial_state is None else dh,
     )
-
-
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Tensor | None, silu: bool) -> Tensor:
-    """Depthwise causal convolution along every route (Mamba, arXiv:2312.00752, figure 3).
-
-    Shapes: x (b, 1, d, l), weight (k, d, w), bias (k, d), routes (k, l). Returns (b, k, d, l).
-    """
-    y = _convolve(_windows(x, weight, routes), weight, bias)
-    return back_to_tokens(F.silu(y) if silu else y, routes, x.shape[-1])
-
-
-def causal_conv1d_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, routes: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The adjoint of `causal_conv1d`, itself differentiable: gradients of x, weight and bias."""
-    k, _, width = weight.shape
-    tokens = x.shape[-1]
-    windows = _windows(x, weight, routes)
-    grad = along_routes(dy, k, routes)
-    if silu:
-        y = _convolve(windows, weight, bias)
-        gate = torch.sigmoid(y)
-        grad = grad * gate * (1 + y * (1 - gate))
-    dwindows = grad.unsqueeze(-1) * weight[:, :, None]
-    dx = torch.stack([F.pad(dwindows[..., j], (j, width - 1 - j)) for j in range(width)]).sum(0)
-    dx = back_to_tokens(dx[..., width - 1 :], routes, tokens).sum(1, keepdim=True)
-    return dx, (grad.unsqueeze(-1) * windows).sum((0, 3)), grad.sum((0, 3))
-
-
-def _windows(x: Tensor, weight: Tensor, routes: Tensor | None) -> Tensor:
-    """What the kernel sees at each step: (b, k, d, l, w)."""
-    ordered = along_routes(x, weight.shape[0], routes)
-    return F.pad(ordered, (weight.shape[-1] - 1, 0)).unfold(-1, weight.shape[-1], 1)
-
-
-def _convolve(windows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = (windows * weight[:, :, None]).sum(-1)
-    return y if bias is None else y + bias[..., None]
-
-
-def along_routes(x: Tensor, k: int, routes: Tensor | None) -> Tensor:
-    """Tokens (b, 1|k, ..., l) in the order in which each route visits them: (b, k, ..., t)."""
-    x = x.expand(-1, k, *x.shape[2:])
-    if routes is None:
-        return x
-    index = routes.view(1, k, *[1] * (x.dim() - 3), -1)
-    return x.gather(-1, index.expand(*x.shape[:-1], -1))
-
-
-def back_to_tokens(y: Tensor, routes: Tensor | None, tokens: int) -> Tensor:
-    """The inverse of `along_routes` for (b, k, ..., t); tokens that a route does not visit get zero."""
-    if routes is None:
-        return y
-    index = routes.view(1, routes.shape[0], *[1] * (y.dim() - 3), -1)
-    return y.new_zeros(*y.shape[:-1], tokens).scatter(-1, index.expand_as(y), y)
 
 
 def _project(delta: Tensor, dt_proj: Tensor | None, delta_bias: Tensor | None) -> Tensor:
@@ -181,5 +127,17 @@ def _per_group(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(2, (groups, -1)).sum(3)
 
 
-def _stack(states: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(states) if states else like.new_empty(0, *like.shape)
+def forward(*args: Any, out: Sequence[Tensor]) -> None:
+    """Fill `out` = (y, last state, checkpoints: the state before every CHUNK-th step)."""
+    y, last, checkpoints = out
+    with no_autocast(y):
+        y_ref, last_ref, before = definition(*in_float32(args))
+    y.copy_(y_ref)
+    last.copy_(last_ref)
+    checkpoints.copy_(before[::CHUNK].permute(1, 2, 0, 4, 3))
+
+
+def backward(dy: Tensor, dlast: Tensor | None, checkpoints: Tensor, *args: Any) -> Gradients:
+    """Gradients as `adjoint` returns them."""
+    with no_autocast(dy):
+        return adjoint(dy, dlast, *in_float32(args))
