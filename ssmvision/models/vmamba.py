@@ -7,32 +7,27 @@ Official code and weights (MIT): https://github.com/MzeroMiko/VMamba
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Sequence, Type, Union
 
-import torch
 import torch.nn.functional as F
 from timm.layers import (
-    ClassifierHead,
     DropPath,
     LayerNorm2d,
     Mlp,
     calculate_drop_path_rates,
     get_act_layer,
-    get_device_dtype,
-    trunc_normal_,
 )
 from timm.models import (
-    checkpoint_seq,
     generate_default_cfgs,
-    named_apply,
     register_model,
 )
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from ssmvision.layers import SS2D, ScalarSS2D
 from ssmvision.models._builder import Published, build_model, weights_cfg
 from ssmvision.models._official import OfficialModel, Tap, nchw, nhwc
+from ssmvision.models._pyramid import Pyramid, Stage
 
 __all__ = ["VMamba"]
 
@@ -114,28 +109,7 @@ class VSSBlock(nn.Module):
         return x
 
 
-class VSSStage(nn.Module):
-    """Downsampling, then blocks: (b, c, h, w) → (b, dim, h', w').
-
-    Inside, tensors are channels-last; both permutations are views.
-    """
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
-
-
-class VMamba(nn.Module):
+class VMamba(Pyramid):
     """VMamba of any published generation; the defaults are those of v05 ("s1").
 
     Args:
@@ -189,150 +163,38 @@ class VMamba(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        self.num_classes = 0 if out_norms else num_classes
-        self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
 
         def mixer(dim: int, **dd: Any) -> nn.Module:
             layer = ScalarSS2D if scalar_decay else SS2D
             return layer(dim, d_state, ssm_ratio, dt_rank, d_conv, conv_bias, gate, get_act_layer(ssm_act), **dd)
 
-        self.patch_embed = {"conv": ConvStem, "patch": PatchStem}[stem](in_chans, dims[0], **dd)
         make_downsample: Any = {
             "conv": ConvDownsample, "conv2x2": partial(ConvDownsample, kernel=2), "merge": PatchMerging
         }[downsample]  # fmt: skip
         act = get_act_layer(mlp_act)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
-        first = [sum(depths[:i]) for i in range(len(depths))]
-        self.stages = nn.Sequential(
-            *(
-                VSSStage(
-                    make_downsample(dims[i - 1], dim, **dd) if i else nn.Identity(),
-                    [
-                        VSSBlock(dim, mixer, mlp_ratio, act, rate, **dd)
-                        for rate in rates[first[i] : first[i] + depths[i]]
-                    ],
-                )
-                for i, dim in enumerate(dims)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = [
+            Stage(
+                make_downsample(dims[i - 1], dim, **dd) if i else nn.Identity(),
+                [VSSBlock(dim, mixer, mlp_ratio, act, rate, **dd) for rate in rates[i]],
             )
+            for i, dim in enumerate(dims)
+        ]
+        super().__init__(
+            patch_embed={"conv": ConvStem, "patch": PatchStem}[stem](in_chans, dims[0], **dd),
+            stages=stages,
+            dims=dims,
+            norm=nn.Identity() if out_norms else LayerNorm2d(dims[-1], eps=1e-5, **dd),
+            in_chans=in_chans,
+            num_classes=0 if out_norms else num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            out_norms=[LayerNorm2d(dim, eps=1e-5, **dd) for dim in dims] if out_norms else [],
+            **dd,
         )
-        self.out_norms = nn.ModuleList([LayerNorm2d(dim, eps=1e-5, **dd) for dim in dims] if out_norms else [])
-        self.norm = nn.Identity() if out_norms else LayerNorm2d(dims[-1], eps=1e-5, **dd)
-        self.head = ClassifierHead(dims[-1], self.num_classes, global_pool, drop_rate, **dd)
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialize; with `needs_reset` also what layers initialize themselves (after `to_empty`)."""
-        named_apply(_init_weights if not needs_reset else _reset_weights, self)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        return {n for n, _ in self.named_parameters() if n.endswith(("A_logs", "Ds", "dt_projs_bias"))}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        blocks = r"^stages\.(\d+)" if coarse else [
-            (r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,)),
-        ]  # fmt: skip
-        return {"stem": r"^patch_embed", "blocks": blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        self.num_classes = num_classes
-        # A removed head has no parameters left that would tell where a new one belongs.
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Stage outputs before downsampling; see timm's API. `norm` applies to the last, `out_norms` to all."""
-        if output_fmt != "NCHW":
-            raise ValueError(f"VMamba features are NCHW, not {output_fmt}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.stages) - 1
-        intermediates: List[Tensor] = []
-        x = self._embed(x)
-        for i, stage in enumerate(self.stages):
-            if not (stop_early and i > max_index):
-                x = stage(x)
-            if i in take_indices:
-                tap = self._out_norm(x, i)
-                intermediates.append(self.norm(tap) if norm and i == last else tap)
-        if intermediates_only:
-            return intermediates
-        if not (stop_early and max_index < last):
-            x = self.norm(self._out_norm(x, last))
-        return x, intermediates
-
-    def _out_norm(self, x: Tensor, stage: int) -> Tensor:
-        for i, norm in enumerate(self.out_norms):
-            if i == stage:
-                x = norm(x)
-        return x
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> List[int]:
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shorter = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        self.out_norms = self.out_norms[: max_index + 1]
-        if prune_norm or shorter:
-            self.norm = nn.Identity()
-        if shorter:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or shorter:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def _embed(self, x: Tensor) -> Tensor:
-        torch._assert(x.shape[1] == self.in_chans, "the image does not have the model's number of channels (in_chans)")
-        return self.patch_embed(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.norm(self._out_norm(self.stages(self._embed(x)), len(self.stages) - 1))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _init_weights(module: nn.Module, name: str = "") -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _reset_weights(module: nn.Module, name: str = "") -> None:
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
-    _init_weights(module)
 
 
 # Official key → ours. Stages begin with their downsampling here and end with it there.
