@@ -50,9 +50,10 @@ def test_front_matter_is_what_the_hub_reads():
 
 
 def test_body_says_what_a_user_needs():
-    card = render_card("toy.in1k", CFG, PUBLISHED, 30_250_000)
+    card = render_card("toy.in1k", CFG | {"crop_mode": "squash"}, PUBLISHED, 30_250_000)
     for text in (
         "| Parameters | 30.25 M (measured on the built model) |",
+        "| Input | 3 × 224 × 224, bicubic, crop 0.9 (squash) |",
         "| Top-1, ImageNet-1K @224 | 82.6 % (published) |",
         "the authors: <https://example.org/table>",
         "<https://example.org/releases/%23v2cls/w.pth>",
@@ -70,6 +71,30 @@ def test_weights_without_figures_and_with_their_own_licence():
     assert (data["license"], data["license_name"]) == ("other", "NVIDIA-NC 1")
     assert "model-index" not in data
     assert "| Licence of the weights | NVIDIA-NC 1 |" in card
+
+
+def test_cards_of_clips_say_how_many_frames():
+    published = Published("https://example.org", top1=81.0, dataset="Kinetics-400", frames=16, views="3 × 4 views")
+    card = render_card("toy.k400", CFG, published, 1)
+    data = front_matter(card)
+    assert (data["pipeline_tag"], data["datasets"]) == ("video-classification", ["kinetics-400"])
+    assert data["model-index"][0]["results"][0]["task"]["type"] == "video-classification"
+    assert "| Input | 3 × 16 × 224 × 224, bicubic, crop 0.9 |" in card
+    assert "| Top-1, Kinetics-400 @224, 3 × 4 views of 16 frames | 81.0 % (published) |" in card
+
+
+def test_cards_without_a_classifier_promise_none():
+    card = render_card("toy.mask_pt", CFG | {"num_classes": 0}, Published("https://example.org"), 1)
+    assert front_matter(card)["pipeline_tag"] == "feature-extraction"
+    assert "num_classes" not in card
+    assert "accuracy" not in card
+
+
+def test_weights_to_be_downloaded_by_hand_say_where_and_how():
+    cfg = {key: value for key, value in CFG.items() if key != "url"}
+    card = render_card("toy.in1k", cfg, Published("https://example.org", by_hand="https://example.org/d/toy/view"), 1)
+    assert "| Weights | <https://example.org/d/toy/view>, to be downloaded by hand |" in card
+    assert 'create_model("toy.in1k", pretrained=True, pretrained_cfg_overlay=dict(file="FILE")).eval()' in card
 
 
 def test_check_finds_drift(tmp_path, capsys, monkeypatch):

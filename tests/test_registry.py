@@ -38,7 +38,7 @@ def test_no_family_takes_a_module_name_of_timms():
     assert not [name for name, module in everyone.items() if module not in ours and module.rpartition(".")[2] in short]
 
 
-@pytest.mark.parametrize("family", ["vim", "vmamba"])
+@pytest.mark.parametrize("family", ["mambavision", "videomamba", "vim", "vmamba"])
 def test_filters(family):
     names = ssmvision.list_models(module=family)
     if not names:

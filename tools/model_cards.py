@@ -23,25 +23,30 @@ CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 
 def render_all() -> dict[str, str]:
     """The card of every registered weight, by file name."""
-    return {f"{name}.md": _render(name) for name in list_models(pretrained=True)}
+    # Also those that must be downloaded by hand, which timm does not count as pretrained.
+    published = (name for name in list_models(include_tags=True) if name in _of_family(name))
+    return {f"{name}.md": _render(name) for name in sorted({*list_models(pretrained=True), *published})}
 
 
 def _render(name: str) -> str:
     cfg = timm.models.get_arch_pretrained_cfgs(name)[name].to_dict()
-    return render_card(name, cfg, _published(name), _parameters(cfg["architecture"]))
+    return render_card(name, cfg, _published(name), _parameters(name))
+
+
+def _of_family(name: str) -> dict[str, Published]:
+    return getattr(sys.modules[model_entrypoint(name).__module__], "PUBLISHED", {})
 
 
 def _published(name: str) -> Published:
-    family = sys.modules[model_entrypoint(name).__module__]
-    published = getattr(family, "PUBLISHED", {}).get(name)
+    published = _of_family(name).get(name)
     if published is None:
-        raise LookupError(f"{family.__name__}.PUBLISHED says nothing about {name}.")
+        raise LookupError(f"{model_entrypoint(name).__module__}.PUBLISHED says nothing about {name}.")
     return published
 
 
 @cache
-def _parameters(arch: str) -> int:
-    return sum(parameter.numel() for parameter in create_model(arch, device="meta").parameters())
+def _parameters(name: str) -> int:
+    return sum(parameter.numel() for parameter in create_model(name, device="meta").parameters())
 
 
 def differences(wanted: dict[str, str], folder: Path) -> list[str]:

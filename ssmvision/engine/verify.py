@@ -3,7 +3,8 @@
 A case is a folder:
 
     ckpt.safetensors   weights under the official key names
-    io.safetensors     input[.N], output[.N], feat.N[.M], grad_input, grad.<official key>
+    io.safetensors     input[.N], output[.N], feat.N[.M], grad_input, grad.<official key>, and what else a family's
+                       models take, by name
     meta.json          family, official_class, kwargs (of the official constructor), tolerance {rtol, atol},
                        grad_tolerance {rtol, atol_rel_to_max}, output_absmax (features larger than the output are
                        allowed proportionally more), feats (official module names, in the order of feat.N)
@@ -81,9 +82,11 @@ def verify_case(folder: Path) -> Verification:
         inner.load_state_dict(converted)
     except (ValueError, KeyError, CheckpointError) as error:
         return Verification(folder.name, {}, f"cannot be built: {error}")
-    found = _run(model, official.taps, meta.get("feats", []), expected)
+    found = _run(official, meta.get("feats", []), expected)
     wanted = {key: value for key, value in expected.items() if key.startswith(("output", "feat."))}
-    found |= _gradients(inner, found.pop("loss"), found.pop("inputs"))
+    inputs = found.pop("inputs")
+    found |= _gradients(inner, found.pop("loss"), inputs)
+    found |= _variants(official, inputs, expected)
     wanted |= _expected_gradients(family, inner, weights, expected)
     return _compare(folder.name, found, wanted, meta)
 
@@ -103,11 +106,12 @@ def _family(name: str) -> Any:
         raise UserError(f"there is no family {name!r} in ssmvision.models") from error
 
 
-def _run(model: nn.Module, taps: Any, features: list[str], expected: dict[str, Tensor]) -> dict[str, Any]:
+def _run(official: Any, features: list[str], expected: dict[str, Tensor]) -> dict[str, Any]:
     """Outputs and features under the names of the case, and what the gradients need."""
+    model: nn.Module = official.model
     found: dict[str, Any] = {}
     for index, feature in enumerate(features):
-        for part, tap in enumerate(taps(feature)):
+        for part, tap in enumerate(official.taps(feature)):
             key = f"feat.{index}.{part}" if part else f"feat.{index}"
 
             def hook(_: nn.Module, inputs: Any, output: Any, key: str = key, tap: Any = tap) -> None:
@@ -115,11 +119,21 @@ def _run(model: nn.Module, taps: Any, features: list[str], expected: dict[str, T
 
             model.get_submodule(tap.module).register_forward_hook(hook)
     inputs = [expected[key].requires_grad_() for key in _numbered("input", expected)]
-    result = model(*inputs)
+    result = model(*inputs, *(expected[name] for name in official.inputs if name in expected))
     outputs = list(result) if isinstance(result, (list, tuple)) else [result]
     for index, output in enumerate(outputs):
         found[f"output.{index}" if index else "output"] = output.detach()
     return found | {"loss": sum(output.pow(2).mean() for output in outputs), "inputs": inputs}
+
+
+def _variants(official: Any, inputs: list[Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs of the model changed in one respect after the other, where the case has them."""
+    found = {}
+    for name, change in official.variants.items():
+        if name in expected:
+            change(official.model)
+            found[name] = official.model(*inputs).detach()
+    return found
 
 
 def _numbered(name: str, tensors: dict[str, Tensor]) -> Iterator[str]:
@@ -143,7 +157,7 @@ def _expected_gradients(
     A conversion only renames and rearranges, so the weights' own filter converts gradients as well; NaN marks the
     entries of which the case says nothing.
     """
-    unknown = {key: expected.get(f"grad.{key}", torch.full_like(w, torch.nan)) for key, w in weights.items()}
+    unknown = {key: expected.get(f"grad.{key}", torch.full(w.shape, torch.nan)) for key, w in weights.items()}
     converted = family.checkpoint_filter_fn(unknown, model)
     wanted = {f"grad.{key}": value for key, value in converted.items() if not value.isnan().all()}
     return wanted | ({"grad_input": expected["grad_input"]} if "grad_input" in expected else {})
@@ -151,25 +165,29 @@ def _expected_gradients(
 
 def _compare(name: str, found: dict[str, Tensor], wanted: dict[str, Tensor], meta: dict[str, Any]) -> Verification:
     worst: dict[str, tuple[float, str]] = {}
+    loss = sum(want.pow(2).mean().item() for key, want in wanted.items() if key.partition(".")[0] == "output")
     for key, want in wanted.items():
         if key not in found:
             return Verification(name, worst, f"our model does not give {key}")
         if found[key].shape != want.shape:
             return Verification(name, worst, f"{key} is {tuple(found[key].shape)}, expected {tuple(want.shape)}")
         kind = "gradient" if key.startswith("grad") else "feature" if key.startswith("feat") else "output"
-        fraction = _fraction(found[key], want, _tolerance(kind, want, meta))
+        fraction = _fraction(found[key], want, _tolerance(kind, want, meta, loss))
         worst[kind] = max(worst.get(kind, (-1.0, "")), (fraction, key))
     return Verification(name, {kind: worst[kind] for kind in KINDS if kind in worst})
 
 
-def _tolerance(kind: str, want: Tensor, meta: dict[str, Any]) -> tuple[float, float]:
+def _tolerance(kind: str, want: Tensor, meta: dict[str, Any], loss: float) -> tuple[float, float]:
     if kind != "gradient":
         # The absolute tolerance was derived from the output's magnitude. Features may be a hundred times larger, and
         # there the official float32 tensors themselves miss a float64 run by several times the unscaled tolerance.
         scale = want.abs().max().item() / meta.get("output_absmax", torch.inf) if kind == "feature" else 1.0
         return meta["tolerance"]["rtol"], meta["tolerance"]["atol"] * max(1.0, scale)
     allowed = meta.get("grad_tolerance", {"rtol": 1e-3, "atol_rel_to_max": 1e-4})
-    return allowed["rtol"], allowed["atol_rel_to_max"] * want.nan_to_num().abs().max().item()
+    largest = want.nan_to_num().abs().max().item()
+    # Where the loss does not depend on a tensor (that of unit vectors is constant), its gradient is mere rounding.
+    vanishes = largest < torch.finfo(torch.float32).eps * loss
+    return allowed["rtol"], torch.finfo(torch.float32).eps * loss if vanishes else allowed["atol_rel_to_max"] * largest
 
 
 def _fraction(found: Tensor, want: Tensor, tolerance: tuple[float, float]) -> float:

@@ -12,7 +12,10 @@ from huggingface_hub import EvalResult, ModelCardData
 __all__ = ["Published", "render_card"]
 
 # Data sets under the ids that the Hub knows them by.
-_HUB_DATASETS = {"ImageNet-1K": "imagenet-1k", "ImageNet-21K": "imagenet-21k", "Kinetics-400": "kinetics-400"}
+_HUB_DATASETS = {
+    "ImageNet-1K": "imagenet-1k", "ImageNet-21K": "imagenet-21k", "Kinetics-400": "kinetics-400",
+    "Something-Something V2": "something-something-v2", "Breakfast": "breakfast", "COIN": "coin",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,12 @@ class Published:
         top5: top-5 accuracy in percent.
         dataset: evaluation data, named as the source names it.
         resolution: side of the evaluation images.
+        frames: frames of the evaluation clips; 0 for images.
+        views: crops and clips of a video that were averaged.
         flops: operations of one forward pass, as the source writes them.
         weights_license: licence of the weights, where it is not that of the code.
         sha256: digest of the official file, checked at download.
+        by_hand: address of the page where a person gets the file, if no program can; the cfg then names no source.
         caveats: what a user should know before relying on the weights.
     """
 
@@ -36,9 +42,12 @@ class Published:
     top5: float | None = None
     dataset: str = "ImageNet-1K"
     resolution: int = 224
+    frames: int = 0
+    views: str = ""
     flops: str | None = None
     weights_license: str | None = None
     sha256: str | None = None
+    by_hand: str | None = None
     caveats: tuple[str, ...] = ()
 
     @property
@@ -60,7 +69,7 @@ def render_card(name: str, cfg: Mapping[str, Any], published: Published, paramet
         f"# {name}",
         cfg.get("description"),
         _facts(cfg, published, parameters),
-        _usage(name),
+        _usage(name, cfg, published),
         _caveats(published),
     ]
     body = "\n\n".join(section for section in sections if section)
@@ -71,9 +80,10 @@ def _front_matter(name: str, cfg: Mapping[str, Any], published: Published) -> Mo
     licence = published.weights_license or cfg.get("license")
     known = licence is None or re.fullmatch(r"[a-z0-9.-]+", licence)
     dataset = _HUB_DATASETS.get(published.dataset, published.dataset)
+    task = _task(cfg, published)
     results = [
         EvalResult(
-            task_type="image-classification",
+            task_type=task,
             dataset_type=dataset,
             dataset_name=published.dataset,
             metric_type="accuracy",
@@ -88,27 +98,34 @@ def _front_matter(name: str, cfg: Mapping[str, Any], published: Published) -> Mo
         license=licence if known else "other",
         license_name=None if known else licence,
         library_name="ssmvision",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "state-space-model"],
+        pipeline_tag=task,
+        tags=[task, "timm", "state-space-model"],
         datasets=[dataset],
         model_name=name,
         eval_results=results or None,
     )
 
 
+def _task(cfg: Mapping[str, Any], published: Published) -> str:
+    if cfg.get("num_classes") == 0:
+        return "feature-extraction"
+    return "video-classification" if published.frames else "image-classification"
+
+
 def _facts(cfg: Mapping[str, Any], published: Published, parameters: int) -> str:
     channels, height, width = cfg["input_size"]
+    sides = (channels, published.frames, height, width) if published.frames else (channels, height, width)
+    evaluation = f"{published.dataset} @{published.resolution}"
+    if published.frames:
+        evaluation += f", {published.views} of {published.frames} frames"
     rows = {
         "Parameters": f"{parameters / 1e6:.2f} M (measured on the built model)",
         "FLOPs": published.flops and f"{published.flops} (published)",
-        "Input": f"{channels} × {height} × {width}, {cfg['interpolation']}, crop {cfg['crop_pct']}",
+        "Input": f"{' × '.join(map(str, sides))}, {cfg['interpolation']}, {_crop(cfg)}",
         "Mean, std": f"{tuple(cfg['mean'])}, {tuple(cfg['std'])}",
-        **{
-            f"{metric}, {published.dataset} @{published.resolution}": f"{value} % (published)"
-            for metric, value in published.accuracies.items()
-        },
-        "Who measured": f"the authors: <{published.source}>",
-        "Weights": _location(cfg),
+        **{f"{metric}, {evaluation}": f"{value} % (published)" for metric, value in published.accuracies.items()},
+        "Who measured": published.accuracies and f"the authors: <{published.source}>",
+        "Weights": _location(cfg, published),
         "sha256": published.sha256 and f"`{published.sha256}`",
         "Licence of the code": cfg.get("license"),
         "Licence of the weights": published.weights_license or cfg.get("license"),
@@ -119,7 +136,14 @@ def _facts(cfg: Mapping[str, Any], published: Published, parameters: int) -> str
     return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
-def _location(cfg: Mapping[str, Any]) -> str:
+def _crop(cfg: Mapping[str, Any]) -> str:
+    mode = cfg.get("crop_mode", "center")
+    return f"crop {cfg['crop_pct']}" + (f" ({mode})" if mode != "center" else "")
+
+
+def _location(cfg: Mapping[str, Any], published: Published) -> str:
+    if published.by_hand:
+        return f"<{published.by_hand}>, to be downloaded by hand"
     if cfg.get("hf_hub_id"):
         return (
             f"`{cfg['hf_hub_id']}`, file `{cfg.get('hf_hub_filename') or 'model.safetensors'}` on the Hugging Face Hub"
@@ -133,15 +157,18 @@ def _paper(cfg: Mapping[str, Any]) -> str | None:
     return " ".join(filter(None, [cfg.get("paper_name"), *links])) or None
 
 
-def _usage(name: str) -> str:
+def _usage(name: str, cfg: Mapping[str, Any], published: Published) -> str:
+    pretrained = "pretrained=True"
+    if published.by_hand:
+        pretrained += ', pretrained_cfg_overlay=dict(file="FILE")'
+    new_head = f'\nmodel = ssmvision.create_model("{name}", {pretrained}, num_classes=10)  # a new head'
     return f"""## How to load
 
 ```python
 import ssmvision
 
-model = ssmvision.create_model("{name}", pretrained=True).eval()
-model = ssmvision.create_model("{name}", pretrained=True, num_classes=10)  # a new head
-model = ssmvision.create_model("{name}", pretrained=True, features_only=True)  # feature maps
+model = ssmvision.create_model("{name}", {pretrained}).eval(){new_head if cfg.get("num_classes") != 0 else ""}
+model = ssmvision.create_model("{name}", {pretrained}, features_only=True)  # feature maps
 model = ssmvision.create_model("{name}", checkpoint_path="FILE")  # the official file, already here
 ```
 
@@ -149,5 +176,6 @@ After `import ssmvision`, `timm.create_model` takes the same names."""
 
 
 def _caveats(published: Published) -> str:
-    first = "The accuracy above is what the authors report; it was not measured with this package."
-    return "\n".join(["## Caveats", "", *(f"- {caveat}" for caveat in (first, *published.caveats))])
+    first = ("The accuracy above is what the authors report; it was not measured with this package.",)
+    caveats = (first if published.accuracies else ()) + published.caveats
+    return "\n".join(["## Caveats", "", *(f"- {caveat}" for caveat in caveats)])

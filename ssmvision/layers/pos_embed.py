@@ -1,8 +1,9 @@
-"""Absolute position embeddings with a class token anywhere in the sequence."""
+"""Absolute position embeddings: in space with a class token anywhere in the sequence, and in time."""
 
 from typing import List, Optional
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function, resample_abs_pos_embed
 from torch import Tensor
 
@@ -29,3 +30,20 @@ def resize_pos_embed(pos_embed: Tensor, new_size: List[int], old_size: List[int]
     new_index = 0 if cls_index == 0 else new_size[0] * new_size[1] // 2
     row = pos_embed[:, cls_index : cls_index + 1]
     return torch.cat([grid[:, :new_index], row, grid[:, new_index:]], dim=1)
+
+
+@register_notrace_function
+def resize_temporal_embed(embed: Tensor, steps: int) -> Tensor:
+    """Resample a position embedding over time (1, t, c) linearly to another number of steps."""
+    if embed.shape[1] == steps:
+        return embed
+    resized = F.interpolate(embed.float().transpose(1, 2), size=steps, mode="linear", align_corners=False)
+    return resized.transpose(1, 2).to(embed.dtype)
+
+
+def sinusoid_table(tokens: int, dim: int) -> Tensor:
+    """Fixed positions (1, tokens, dim): sines in even channels, cosines in odd ones (arXiv:1706.03762, section 3.5)."""
+    channel = torch.arange(dim)
+    # In float64, since far positions have large angles.
+    angle = torch.arange(tokens, dtype=torch.float64).unsqueeze(1) / 10000 ** (channel // 2 * 2 / dim)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float().unsqueeze(0)

@@ -1,5 +1,5 @@
 """One file per family; importing this package registers them all with timm."""
 
-from . import vim, vmamba
+from . import mambavision, mlla, spatial_mamba, videomamba, vim, vmamba, vssd
 
-__all__ = ["vim", "vmamba"]
+__all__ = ["mambavision", "mlla", "spatial_mamba", "videomamba", "vim", "vmamba", "vssd"]

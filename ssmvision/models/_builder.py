@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ssmvision.hub import CheckpointError, KeyReport, Published, compare_keys, fetch_from_hub, fetch_url
@@ -96,13 +96,18 @@ def _fetch(cfg: PretrainedCfg, variant: str, model_cls: Any, cache_dir: str | Pa
     """The official file that a cfg names, or None where timm reads the weights itself."""
     if cfg.source in ("hf-hub", "local-dir") or cfg.state_dict or cfg.custom_load:
         return None
+    published = _published(model_cls, cfg, variant)
     if not cfg.has_weights:
+        if published and published.by_hand:
+            raise RuntimeError(
+                f"No program can download the weights {variant}{_dot(cfg.tag)}: get them by hand from "
+                f"{published.by_hand} and pass pretrained_cfg_overlay=dict(file=...)."
+            )
         known = ", ".join(timm.list_models(f"{variant}.*", pretrained=True))
         advice = f"these exist: {known}" if known else "use pretrained=False for random weights"
         raise RuntimeError(f"No pretrained weights are registered for {variant}{_dot(cfg.tag)}; {advice}.")
     if cfg.file:
         return Path(cfg.file)
-    published = _published(model_cls, cfg, variant)
     sha256 = published.sha256 if published else None
     if cfg.hf_hub_id and cfg.hf_hub_filename:
         return fetch_from_hub(cfg.hf_hub_id, cfg.hf_hub_filename, sha256=sha256, cache_dir=cache_dir)
@@ -141,12 +146,23 @@ def _strict_filter(
             report = report.without(*_names(cfg.classifier))
         if kwargs.get("in_chans", cfg.input_size[0]) != cfg.input_size[0]:
             stems = {f"{name}.weight" for name in _names(cfg.first_conv)}
-            report = replace(report, mismatched=tuple(entry for entry in report.mismatched if entry[0] not in stems))
+            others = tuple(entry for entry in report.mismatched if entry[0] not in stems)
+            for key, _, want in set(report.mismatched) - set(others):
+                weights[key] = _with_channels(weights[key], want[1])
+            report = replace(report, mismatched=others)
         if not report.ok and kwargs.get("pretrained_strict", True):
             raise CheckpointError(_misfit(source, model, report))
         return weights
 
     return convert
+
+
+def _with_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """The first convolution of clips (o, i, t, h, w) for other channels; timm does those of images (o, i, h, w)."""
+    if weight.ndim != 5:
+        return weight
+    adapted = adapt_input_conv(in_chans, weight.flatten(2, 3), base_chans=weight.shape[1])
+    return adapted.unflatten(2, weight.shape[2:4])
 
 
 def _names(names: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -1,13 +1,17 @@
 """How a family answers `tools/verify.py`: from the official constructor arguments to our model, and where to look."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+Read = Callable[[tuple[Any, ...], Any], Tensor]
 
-def _output(inputs: tuple[Any, ...], output: Any) -> Tensor:
+
+def as_is(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    """Read an output as it is."""
     return output
 
 
@@ -31,12 +35,76 @@ class Tap:
     """
 
     module: str
-    read: Callable[[tuple[Any, ...], Any], Tensor] = _output
+    read: Read = as_is
 
 
 @dataclass(frozen=True)
 class OfficialModel:
-    """Our model built from official arguments; `taps` gives the tensors of an official module by its name."""
+    """Our model built from official arguments.
+
+    Args:
+        model: The model.
+        taps: Gives the tensors of an official module by its name.
+        inputs: Tensors that a case may have for the model to take after its inputs, by name.
+        variants: Further outputs that a case may have, by name, and the change to the model that gives them.
+    """
 
     model: nn.Module
     taps: Callable[[str], list[Tap]]
+    inputs: tuple[str, ...] = ()
+    variants: Mapping[str, Callable[[nn.Module], None]] = field(default_factory=dict)
+
+
+def block_taps(name: str) -> list[Tap]:
+    """Of a token block: the official ones return the mixer's output and the residual that it was computed from."""
+    return [Tap(f"{name}.mixer"), Tap(name, lambda inputs, output: inputs[0])]
+
+
+def stage_key(key: str) -> str:
+    """`layers.i` → `stages.i`: stages begin with their downsampling here and end with it in the official code."""
+    match = re.match(r"layers\.(\d+)\.(.*)", key)
+    if match is None:
+        return key
+    stage, rest = int(match[1]), match[2]
+    return f"stages.{stage + rest.startswith('downsample')}.{rest}"
+
+
+def pyramid_taps(
+    family: str, stages: int, read_map: Read, read_block: Read, prefix: str = ""
+) -> Callable[[str], list[Tap]]:
+    """Where the stem, stages and blocks of an official pyramid with `layers.i` are in ours.
+
+    Args:
+        family: Name for the error.
+        stages: Number of stages.
+        read_map: Reads an NCHW map as the official code lays it out.
+        read_block: Reads the NHWC output of a block as the official code lays it out.
+        prefix: Of our module names.
+    """
+
+    def taps(name: str) -> list[Tap]:
+        if name == "patch_embed":
+            return [Tap(prefix + name, read_map)]
+        found = re.fullmatch(r"layers\.(\d+)(\.blocks\.\d+|\.downsample)?", name)
+        if found is None:
+            raise ValueError(f"{family} has no module {name!r}")
+        if found[2] and found[2].startswith(".blocks"):
+            return [Tap(prefix + stage_key(name), read_block)]
+        last = int(found[1]) == stages - 1
+        module = f"stages.{found[1]}" if last else stage_key(f"layers.{found[1]}.downsample")
+        return [Tap(prefix + module, read_map)]
+
+    return taps
+
+
+def refuse_unpublished(family: str, kwargs: Mapping[str, Any], understood: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise a ValueError that names an official argument whose value is not built here.
+
+    Args:
+        family: Name for the error.
+        kwargs: Official constructor arguments.
+        understood: Values that are built, the official default first, by argument.
+    """
+    for name, values in understood.items():
+        if kwargs.get(name, values[0]) not in values:
+            raise ValueError(f"{family} with {name}={kwargs[name]!r} was never published and is not built here")

@@ -5,59 +5,22 @@ https://arxiv.org/abs/2401.09417
 Official code and weights (Apache-2.0): https://github.com/hustvl/Vim
 """
 
-import math
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from functools import partial
+from typing import Any, Dict, Optional, Tuple, Union
 
-import torch
-from timm.layers import (
-    DropPath,
-    RmsNorm,
-    calculate_drop_path_rates,
-    get_device_dtype,
-    lecun_normal_,
-    to_2tuple,
-    trunc_normal_,
-)
-from timm.models import checkpoint, generate_default_cfgs, named_apply, register_model
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
-from torch import Tensor, nn
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor
 
 from ssmvision.layers import BiMamba
-from ssmvision.layers.pos_embed import resize_pos_embed
+from ssmvision.layers.patch_embed import PatchEmbed
 from ssmvision.models._builder import Published, build_model, weights_cfg
-from ssmvision.models._official import OfficialModel, Tap
+from ssmvision.models._official import OfficialModel, block_taps, refuse_unpublished
+from ssmvision.models._tokens import TokenModel, fit_pos_embed
 
 __all__ = ["Vim"]
 
 
-class PatchEmbed(nn.Module):
-    """Patches that may overlap: (b, in_chans, h, w) → (b, dim, (h - patch) // stride + 1, likewise w)."""
-
-    def __init__(
-        self, patch_size: int, stride: int, in_chans: int, dim: int, device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=stride, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
-class VimBlock(nn.Module):
-    """Pre-norm residual block around the bidirectional mixer: (b, l, dim) → the same."""
-
-    def __init__(self, dim: int, mixer: nn.Module, norm: nn.Module, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.norm = norm
-        self.mixer = mixer
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mixer(self.norm(x)))
-
-
-class Vim(nn.Module):
+class Vim(TokenModel):
     """Vim v2. Images of any size go in: the position embedding is resampled where the grid differs.
 
     Args:
@@ -102,240 +65,35 @@ class Vim(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
         if cls_position not in ("middle", "first", "none"):
             raise ValueError(f"Vim: cls_position must be 'middle', 'first' or 'none', not {cls_position!r}")
-        dd = {"device": device, "dtype": dtype}
         stride = stride or patch_size
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.patch_size, self.stride = patch_size, stride
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.cls_position = cls_position
-        self.num_prefix_tokens = 0 if cls_position == "none" else 1
-        self.global_pool = _checked_pool(global_pool, cls_position)
-        self.grad_checkpointing = False
-        self.feature_info = [{"num_chs": embed_dim, "reduction": stride, "module": f"layers.{i}"} for i in range(depth)]
-
-        self.grid_size = self._grid(to_2tuple(img_size))
-        tokens = self.grid_size[0] * self.grid_size[1] + self.num_prefix_tokens
-        self.patch_embed = PatchEmbed(patch_size, stride, in_chans, embed_dim, **dd)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if self.num_prefix_tokens else None
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim, **dd)) if pos_embed else None
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-
-        def norm() -> nn.Module:
-            return RmsNorm(embed_dim, eps=1e-5, **dd) if rms_norm else nn.LayerNorm(embed_dim, eps=1e-5, **dd)
-
-        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        self.layers = nn.ModuleList(
-            VimBlock(embed_dim, BiMamba(embed_dim, d_state, merge=merge, **dd), norm(), rate) for rate in rates
+        super().__init__(
+            PatchEmbed(patch_size, stride, in_chans, embed_dim, device, dtype),
+            partial(BiMamba, d_state=d_state, merge=merge),
+            img_size=img_size,
+            patch_size=patch_size,
+            stride=stride,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            embed_dim=embed_dim,
+            depth=depth,
+            cls_position=cls_position,
+            pos_embed=pos_embed,
+            rms_norm=rms_norm,
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            drop_path_rate=drop_path_rate,
+            device=device,
+            dtype=dtype,
         )
-        self.norm_f = norm()
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialize; with `needs_reset` also what layers initialize themselves (after `to_empty`)."""
-        if needs_reset:
-            named_apply(_reset_parameters, self)
-        proj: Any = self.patch_embed.proj
-        lecun_normal_(proj.weight)
-        nn.init.zeros_(proj.bias)
-        for token in (self.cls_token, self.pos_embed):
-            if token is not None:
-                trunc_normal_(token, std=0.02)
-        with torch.no_grad():
-            mixers: Any = [block.mixer for block in self.layers]
-            for mixer in mixers:
-                nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
-                mixer.out_proj.weight /= math.sqrt(len(mixers))
-        _init_head(self.head)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        ends = ("pos_embed", "cls_token", ".A_log", ".A_b_log", ".D", ".D_b")
-        return {name for name, _ in self.named_parameters() if name.endswith(ends)}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return {
-            "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
-        }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = _checked_pool(global_pool, self.cls_position)
-        dd = get_device_dtype(self)
-        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head.train(self.training)
-        _init_head(self.head)
-
-    @torch.jit.ignore
-    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        """Store the position embedding for another image size."""
-        old, self.grid_size = self.grid_size, self._grid(to_2tuple(img_size))
-        update_model_input_size(self, img_size)  # what an exported model is built with again
-        if self.pos_embed is None:
-            return
-        frozen = not self.pos_embed.requires_grad
-        resized = resize_pos_embed(self.pos_embed.detach(), list(self.grid_size), list(old), self._cls_index(old))
-        self.pos_embed = nn.Parameter(resized, requires_grad=not frozen)
-
-    def _grid(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
-        if min(img_size) < self.patch_size:
-            raise ValueError(f"Vim: image size {tuple(img_size)} is smaller than a patch ({self.patch_size})")
-        h, w = ((side - self.patch_size) // self.stride + 1 for side in img_size)
-        return h, w
-
-    def _cls_index(self, grid: Tuple[int, int]) -> Optional[int]:
-        if self.cls_position == "none":
-            return None
-        return 0 if self.cls_position == "first" else grid[0] * grid[1] // 2
-
-    def _embed(self, x: Tensor) -> Tuple[Tensor, int, int]:
-        """Tokens with class token and positions, and the grid they came from."""
-        torch._assert(x.shape[1] == self.in_chans, "the image does not have the model's number of channels (in_chans)")
-        x = self.patch_embed(x)
-        B, _, H, W = x.shape
-        x = x.flatten(2).transpose(1, 2)
-        if self.cls_token is not None:
-            at = 0 if self.cls_position == "first" else H * W // 2
-            x = torch.cat([x[:, :at], self.cls_token.expand(B, -1, -1), x[:, at:]], dim=1)
-        if self.pos_embed is not None:
-            grid = self.grid_size
-            x = x + resize_pos_embed(self.pos_embed, [H, W], [grid[0], grid[1]], self._cls_index(grid))
-        return self.pos_drop(x), H, W
-
-    def _split(self, x: Tensor) -> Tuple[Optional[Tensor], Tensor]:
-        """The class token (b, 1, c), if there is one, and the patches (b, h * w, c)."""
-        if self.cls_position == "none":
-            return None, x
-        at = 0 if self.cls_position == "first" else (x.shape[1] - 1) // 2
-        return x[:, at : at + 1], torch.cat([x[:, :at], x[:, at + 1 :]], dim=1)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Outputs of blocks as maps (NCHW) or patch tokens (NLC); see timm's API."""
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"Vim features are NCHW or NLC, not {output_fmt}")
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        x, H, W = self._embed(x)
-        intermediates: List[Tensor] = []
-        prefixes: List[Optional[Tensor]] = []
-        for i, block in enumerate(self.layers):
-            if not (stop_early and i > max_index):
-                x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-            if i in take_indices:
-                cls, patches = self._split(self.norm_f(x) if norm else x)
-                as_map = patches.transpose(1, 2).reshape(x.shape[0], -1, H, W)
-                intermediates.append(as_map if output_fmt == "NCHW" else patches)
-                prefixes.append(cls)
-        if return_prefix_tokens and not torch.jit.is_scripting():
-            intermediates = list(zip(intermediates, prefixes, strict=True))  # type: ignore[arg-type]
-        if intermediates_only:
-            return intermediates
-        return self.norm_f(x), intermediates
-
-    @torch.jit.ignore
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: Union[int, List[int]] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> Any:
-        """The DINO-style form of `forward_intermediates`."""
-        fmt = "NCHW" if reshape else "NLC"
-        return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True)
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> List[int]:
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        shorter = max_index < len(self.layers) - 1
-        self.layers = self.layers[: max_index + 1]
-        if prune_norm or shorter:
-            self.norm_f = nn.Identity()
-        if prune_head or shorter:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self._embed(x)[0]
-        for block in self.layers:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-        return self.norm_f(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self.global_pool:
-            cls, patches = self._split(x)
-            if self.global_pool == "token":
-                assert cls is not None
-                x = cls.squeeze(1)
-            else:
-                x = patches.mean(1) if self.global_pool == "avg" else patches.amax(1)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _checked_pool(global_pool: str, cls_position: str) -> str:
-    # timm's models assert their pooling, and code written for them catches that.
-    assert global_pool in ("token", "avg", "max", ""), (
-        f"Vim: global_pool must be token, avg or max, not {global_pool!r}"
-    )
-    if global_pool == "token" and cls_position == "none":
-        raise ValueError("Vim: global_pool='token' needs a class token")
-    return global_pool
-
-
-def _init_head(head: nn.Module) -> None:
-    if isinstance(head, nn.Linear):
-        trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-
-
-def _reset_parameters(module: nn.Module, name: str = "") -> None:
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: Any) -> Dict[str, Tensor]:
     """Keys are the official ones; only the position embedding may need another grid."""
-    pos_embed, target = state_dict.get("pos_embed"), getattr(model, "pos_embed", None)
-    if pos_embed is None or target is None or pos_embed.shape[1] == target.shape[1]:
-        return state_dict
-    patches = pos_embed.shape[1] - model.num_prefix_tokens
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"the checkpoint's position embedding has {patches} patches, not a square to resize from")
-    resized = resize_pos_embed(pos_embed, list(model.grid_size), [side, side], model._cls_index((side, side)))
-    return {**state_dict, "pos_embed": resized}
+    return fit_pos_embed(state_dict, model)
 
 
 def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
@@ -350,9 +108,7 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
     }  # fmt: skip
     if cls_position == "none":
         understood["final_pool_type"] = ("mean", "max")
-    for name, values in understood.items():
-        if kwargs.get(name, values[0]) not in values:
-            raise ValueError(f"Vim with {name}={kwargs[name]!r} was never published and is not built here")
+    refuse_unpublished("Vim", kwargs, understood)
     patch_size = kwargs.get("patch_size", 16)
     model = Vim(
         img_size=kwargs.get("img_size", 224),
@@ -372,12 +128,7 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         merge="mean" if kwargs.get("if_divide_out", False) else "sum",
         rms_norm=kwargs.get("rms_norm", False),
     )
-
-    def taps(name: str) -> List[Tap]:
-        # An official block returns the mixer's output and the residual that it was computed from.
-        return [Tap(f"{name}.mixer"), Tap(name, lambda inputs, output: inputs[0])]
-
-    return OfficialModel(model, taps)
+    return OfficialModel(model, block_taps)
 
 
 _SOURCE = "https://github.com/hustvl/Vim"

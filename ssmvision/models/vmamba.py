@@ -7,7 +7,7 @@ Official code and weights (MIT): https://github.com/MzeroMiko/VMamba
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Type, Union
+from typing import Any, Dict, Optional, Sequence, Type, Union
 
 import torch.nn.functional as F
 from timm.layers import (
@@ -26,7 +26,15 @@ from torch import Tensor, nn
 
 from ssmvision.layers import SS2D, ScalarSS2D
 from ssmvision.models._builder import Published, build_model, weights_cfg
-from ssmvision.models._official import OfficialModel, Tap, nchw, nhwc
+from ssmvision.models._official import (
+    OfficialModel,
+    as_is,
+    nchw,
+    nhwc,
+    pyramid_taps,
+    refuse_unpublished,
+    stage_key,
+)
 from ssmvision.models._pyramid import Pyramid, Stage
 
 __all__ = ["VMamba"]
@@ -197,7 +205,7 @@ class VMamba(Pyramid):
         self.init_weights(needs_reset=False)
 
 
-# Official key → ours. Stages begin with their downsampling here and end with it there.
+# Official key → ours.
 _RENAMES = (
     (r"^patch_embed\.(0|proj)\.", "patch_embed.conv1."),
     (r"^patch_embed\.(2|norm)\.", "patch_embed.norm1."),
@@ -224,9 +232,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
         key = key.removeprefix("backbone.")
         for pattern, replacement in _RENAMES:
             key = re.sub(pattern, replacement, key)
-        if match := re.match(r"layers\.(\d+)\.(.*)", key):
-            stage, rest = int(match[1]), match[2]
-            key = f"stages.{stage + rest.startswith('downsample')}.{rest}"
+        key = stage_key(key)
         if value.ndim == 4 and key in target and target[key].ndim == 2:  # linear layers stored as 1 x 1 convolutions
             value = value.flatten(1)
         converted[key] = value
@@ -246,17 +252,11 @@ _UNDERSTOOD = {
 }
 
 
-def _refuse_unknown(kwargs: Dict[str, Any]) -> None:
-    for name, values in _UNDERSTOOD.items():
-        if kwargs.get(name, values[0]) not in values:
-            raise ValueError(f"VMamba with {name}={kwargs[name]!r} was never published and is not built here")
-
-
 def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `VSSM` or `Backbone_VSSM`."""
     forward_type = kwargs.get("forward_type", "v0")
     backbone = official_class.endswith("Backbone_VSSM")
-    _refuse_unknown(kwargs)
+    refuse_unpublished("VMamba", kwargs, _UNDERSTOOD)
     model: nn.Module = VMamba(
         in_chans=kwargs.get("in_chans", 3),
         num_classes=kwargs.get("num_classes", 1000),
@@ -277,26 +277,11 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         out_norms=backbone,
     )
     channels_first = kwargs.get("norm_layer") == "ln2d"
-    last = len(kwargs["depths"]) - 1
     prefix = ""
     if backbone:
         model, prefix = FeatureGetterNet(model, out_indices=kwargs.get("out_indices", (0, 1, 2, 3))), "model."
-
-    def taps(name: str) -> List[Tap]:
-        if name == "patch_embed":
-            return [Tap(prefix + name) if channels_first else Tap(prefix + name, nhwc)]
-        found = re.fullmatch(r"layers\.(\d+)(?:\.blocks\.(\d+))?", name)
-        if found is None:
-            raise ValueError(f"VMamba has no module {name!r}")
-        stage, block = found.groups()
-        if block is not None:
-            module = f"{prefix}stages.{stage}.blocks.{block}"
-            return [Tap(module, nchw) if channels_first else Tap(module)]
-        # An official stage ends with the downsampling that begins ours.
-        module = f"stages.{last}" if int(stage) == last else f"stages.{int(stage) + 1}.downsample"
-        return [Tap(prefix + module) if channels_first else Tap(prefix + module, nhwc)]
-
-    return OfficialModel(model, taps)
+    read_map, read_block = (as_is, nchw) if channels_first else (nhwc, as_is)
+    return OfficialModel(model, pyramid_taps("VMamba", len(kwargs["depths"]), read_map, read_block, prefix))
 
 
 _RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download"

@@ -2,7 +2,26 @@
 
 from . import routes
 from ._backend import backend_info
-from .causal_conv1d import causal_conv1d
-from .selective_scan import selective_scan
+from .causal_conv1d import causal_conv1d, causal_conv1d_step
+from .fft_conv import fft_conv
+from .linear_scan import linear_scan, linear_scan_step
+from .selective_scan import selective_scan, selective_scan_step
+from .selective_scan_2d import linear_scan_2d, selective_scan_2d
+from .ssd_scan import resets_from_seq_idx, ssd_scan, ssd_scan_step
 
-__all__ = ["backend_info", "causal_conv1d", "routes", "selective_scan"]
+__all__ = [
+    "backend_info",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "fft_conv",
+    "linear_scan",
+    "linear_scan_2d",
+    "linear_scan_step",
+    "resets_from_seq_idx",
+    "routes",
+    "selective_scan",
+    "selective_scan_2d",
+    "selective_scan_step",
+    "ssd_scan",
+    "ssd_scan_step",
+]

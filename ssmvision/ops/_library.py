@@ -1,6 +1,6 @@
 """What operators share: how they are registered with torch, how shapes are checked, which layouts outputs have."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Optional
 
@@ -73,11 +73,27 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def expect_real(operator: str, tensors: dict[str, Tensor | None]) -> None:
+def expect_real(operator: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Raise a RuntimeError that names a tensor which is not real floating point: casting would drop what it holds."""
     for name, x in tensors.items():
         if x is not None and not x.is_floating_point():
             raise RuntimeError(f"{operator}: {name} must be real floating point, not {x.dtype}")
+
+
+def expect_number(operator: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise a RuntimeError that names a tensor which is neither real nor complex floating point."""
+    for name, x in tensors.items():
+        if x is not None and not (x.is_floating_point() or x.is_complex()):
+            raise RuntimeError(f"{operator}: {name} must be real or complex floating point, not {x.dtype}")
+
+
+def expect_reset(operator: str, reset: Tensor | None, shape: tuple[Any, ...]) -> None:
+    """Raise a RuntimeError if flags of resets are not bool of the given shape."""
+    if reset is None:
+        return
+    expect(operator, "reset", reset, shape)
+    if reset.dtype != torch.bool:
+        raise RuntimeError(f"{operator}: reset must be bool, not {reset.dtype}")
 
 
 def expect_routes(operator: str, routes: Tensor | None, shape: tuple[Any, ...]) -> None:
@@ -98,6 +114,11 @@ def expect(operator: str, name: str, x: Tensor, shape: tuple[Any, ...]) -> None:
 def cast(x: Tensor | None, dtype: torch.dtype) -> Any:
     """`x.to(dtype)` that costs nothing where nothing is to do."""
     return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+def cast_number(x: Tensor | None, dtype: torch.dtype) -> Any:
+    """`x` in the precision of the real type `dtype`, real or complex as it is."""
+    return cast(x, dtype.to_complex() if x is not None and x.is_complex() else dtype)
 
 
 def cast_token(x: Tensor, dtype: torch.dtype) -> Tensor:

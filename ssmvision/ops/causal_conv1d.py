@@ -6,6 +6,7 @@ Letters: b batch, k route, d channel, l token, t step along a route, w width of 
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backend
@@ -17,6 +18,7 @@ from ._library import (
     empty_like_layout,
     expect,
     expect_real,
+    expect_reset,
     expect_routes,
     no_autocast,
     register,
@@ -33,11 +35,12 @@ def causal_conv1d(
     bias: Optional[Tensor] = None,
     silu: bool = False,
     routes: Optional[Tensor] = None,
+    reset: Optional[Tensor] = None,
     backend: str = "auto",
 ) -> Tensor:
     """Depthwise causal convolution (Mamba, arXiv:2312.00752, figure 3) along one or several routes.
 
-        y[route[t]] = bias + sum_j weight[j] x[route[t - w + 1 + j]], zero before the first step
+        y[route[t]] = bias + sum_j weight[j] x[route[t - w + 1 + j]], zero before the first step and the latest reset
 
     Args:
         x: Tokens (b, d, l), shared by all routes.
@@ -45,6 +48,7 @@ def causal_conv1d(
         bias: (k, d) or (d,).
         silu: Apply SiLU to the result.
         routes: int64 (k, l), permutations; see `ssmvision.ops.routes`. None goes 0, 1, 2, ...
+        reset: Boolean, (b, l) or (b, k, l): where True, a packed sequence starts; it sees nothing of what came before.
         backend: "auto", "cpu", "triton" or "reference"; see `ssmvision.ops.backend_info`.
 
     Returns:
@@ -53,12 +57,43 @@ def causal_conv1d(
     Raises:
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
-    return torch.ops.ssmvision.causal_conv1d(x, weight, bias, silu, routes, backend)
+    return torch.ops.ssmvision.causal_conv1d(x, weight, bias, silu, routes, reset, backend)
+
+
+def causal_conv1d_step(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Optional[Tensor] = None, silu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One step of `causal_conv1d`, for streams: in plain torch, differentiable; nothing is changed in place.
+
+    Args:
+        x: One token (b, d).
+        state: The w - 1 tokens before, oldest first, (b, d, w - 1): zeros at the start of a sequence.
+        weight: (d, w).
+        bias: (d,).
+        silu: Apply SiLU to the result.
+
+    Returns:
+        y (b, d) in x's dtype; and the next state, in `state`'s dtype.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
+    """
+    expect_real("causal_conv1d_step", {"x": x, "state": state, "weight": weight, "bias": bias})
+    (b, _), (d, w) = x.shape, weight.shape
+    expect("causal_conv1d_step", "x", x, (b, d))
+    expect("causal_conv1d_step", "state", state, (b, d, w - 1))
+    if bias is not None:
+        expect("causal_conv1d_step", "bias", bias, (d,))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    window = torch.cat([cast(state, dtype), cast(x, dtype).unsqueeze(-1)], dim=-1)
+    y = (window * cast(weight, dtype)).sum(-1)
+    y = y if bias is None else y + cast(bias, dtype)
+    return cast(F.silu(y) if silu else y, x.dtype), cast(window[..., 1:], state.dtype)
 
 
 def _composite(
     x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, silu: bool = False, routes: Optional[Tensor] = None,
-    backend: str = "auto",
+    reset: Optional[Tensor] = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Canonical shapes and float32 in, the caller's shapes and dtype out."""
     expect_real("causal_conv1d", {"x": x, "weight": weight, "bias": bias})
@@ -73,9 +108,13 @@ def _composite(
     if bias is not None:
         expect("causal_conv1d", "bias", bias, (k, d))
     expect_routes("causal_conv1d", routes, (k, x.shape[-1]))
+    if reset is not None and reset.dim() == 2:
+        reset = reset.unsqueeze(1)
+    one = reset is not None and reset.shape[1] == 1
+    expect_reset("causal_conv1d", reset, (x.shape[0], 1 if one else k, x.shape[-1]))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.ops.ssmvision.causal_conv1d_forward(
-        cast_token(x.unsqueeze(1), dtype), cast(weight, dtype), cast(bias, dtype), routes, silu, backend
+        cast_token(x.unsqueeze(1), dtype), cast(weight, dtype), cast(bias, dtype), routes, reset, silu, backend
     )
     y = cast(y, x.dtype)
     return y.squeeze(1) if single else y
@@ -108,19 +147,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor) -> Gradients:
-    x, weight, bias, routes = ctx.saved_tensors
+    x, weight, bias, routes, reset = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
         with no_autocast(dy):
-            dx, dw, db = reference.adjoint(dy, x, weight, bias, routes, ctx.silu)
+            dx, dw, db = reference.adjoint(dy, x, weight, bias, routes, reset, ctx.silu)
     else:
-        dx, dw, db = torch.ops.ssmvision.causal_conv1d_backward(dy, x, weight, bias, routes, ctx.silu, ctx.backend)
-    return dx, dw, None if bias is None else db, None, None, None
+        dx, dw, db = torch.ops.ssmvision.causal_conv1d_backward(
+            dy, x, weight, bias, routes, reset, ctx.silu, ctx.backend
+        )
+    return dx, dw, None if bias is None else db, None, None, None, None
 
 
-_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? routes, bool silu, str backend"
+_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? routes, Tensor? reset, bool silu, str backend"
 register(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, bool silu=False, Tensor? routes=None, "
-    "str backend='auto') -> Tensor",
+    "Tensor? reset=None, str backend='auto') -> Tensor",
     _composite,
     Kernel(
         f"causal_conv1d_forward({_TENSORS}) -> Tensor",

@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 
 from . import _backend
+from ._complex_scan import complex_selective_scan
 from ._library import (
     CHUNK,
     Gradients,
     Kernel,
     cast,
+    cast_number,
     cast_token,
     empty_like_layout,
     expect,
+    expect_number,
     expect_real,
+    expect_reset,
     expect_routes,
     no_autocast,
     register,
@@ -59,10 +63,14 @@ def selective_scan(
     summed. A route costs index arithmetic, never a permuted copy. Memory layout is free: channels-last tensors come in
     as transposed views and are the fastest.
 
+    A complex `A` holds one state of each conjugate pair: y_t = 2 Re(C_t h_t) + D u_t. Only `A`, `B`, `C` and
+    `initial_state` may then be complex, and this form runs as a composition around `linear_scan`, which materialises
+    the states of all steps, (b, k, t, d, n).
+
     Args:
         u: Tokens (b, d, l); with routes also (b, k, d, l).
         delta: Step sizes, (b, d, l) or (b, k, d, l); with `dt_proj` low-rank, (b, r, l) or (b, k, r, l).
-        A: State matrix, real, (d, n) or (k, d, n); negative for a stable recurrence.
+        A: State matrix, (d, n) or (k, d, n), real or complex; its real part is negative for a stable recurrence.
         B: Input matrix: per channel (d, n), shared (b, n, l), grouped (b, g, n, l); with routes (k, d, n),
             (b, k, n, l), (b, k, g, n, l).
         C: Output matrix, shapes as `B`; the number of groups may differ.
@@ -80,8 +88,8 @@ def selective_scan(
         backend: "auto", "cpu", "triton" or "reference"; see `ssmvision.ops.backend_info`.
 
     Returns:
-        y, in u's dtype; and the state after the last step, (b, d, n) or (b, k, d, n), in float32 (float64 if u is).
-        The recurrence runs in float32 whatever the input, also under autocast.
+        y, in u's dtype; and the state after the last step, (b, d, n) or (b, k, d, n), in float32 (float64 if u is;
+        complex if A is). The recurrence runs in float32 whatever the input, also under autocast.
 
     Raises:
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
@@ -92,6 +100,69 @@ def selective_scan(
     )
 
 
+def selective_scan_step(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    D: Optional[Tensor] = None,
+    z: Optional[Tensor] = None,
+    delta_bias: Optional[Tensor] = None,
+    delta_softplus: bool = False,
+    dt_proj: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of `selective_scan`, for streams: in plain torch, differentiable; nothing is changed in place.
+
+    Args:
+        u: One token (b, d).
+        delta: Its step sizes, (b, d); with `dt_proj` low-rank, (b, r).
+        A: (d, n), real or complex.
+        B: Shared (b, n) or grouped (b, g, n); what is constant per channel, (d, n), comes in as B.expand(b, d, n).
+        C: Shapes as `B`.
+        state: (b, d, n): zeros, or what the scan or the step before returned.
+        D: (d,).
+        z: Gate (b, d).
+        delta_bias: (d,).
+        delta_softplus: Apply softplus to delta + delta_bias.
+        dt_proj: (d, r).
+
+    Returns:
+        y (b, d) in u's dtype; and the next state, in float32 (float64 if u is; complex if A is).
+
+    Raises:
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
+    """
+    floats = {"u": u, "delta": delta, "D": D, "z": z, "delta_bias": delta_bias, "dt_proj": dt_proj}
+    numbers = {"A": A, "B": B, "C": C, "state": state}
+    expect_real("selective_scan_step", floats if A.is_complex() else floats | numbers)
+    expect_number("selective_scan_step", numbers)
+    (b, d), n = u.shape, A.shape[-1]
+    rank = d if dt_proj is None else dt_proj.shape[-1]
+    B, C = (m.unsqueeze(1) if m.dim() == 2 else m for m in (B, C))
+    shapes = {"delta": (b, rank), "A": (d, n), "B": (b, B.shape[1], n), "C": (b, C.shape[1], n), "state": (b, d, n)}
+    shapes |= {"D": (d,), "z": (b, d), "delta_bias": (d,), "dt_proj": (d, rank)}
+    for name, x in (floats | numbers | {"B": B, "C": C}).items():
+        if x is not None and name in shapes:
+            expect("selective_scan_step", name, x, shapes[name])
+    _expect_groups("selective_scan_step", B.shape[1], C.shape[1], d)
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    u_, delta, D, z, delta_bias, dt_proj = (cast(x, dtype) for x in (u, delta, D, z, delta_bias, dt_proj))
+    A, B, C, state = (cast_number(x, dtype) for x in (A, B, C, state))
+
+    if dt_proj is not None:  # not a matrix product: autocast would make it one in 16 bits
+        delta = (delta.unsqueeze(1) * dt_proj).sum(-1)
+    step = delta if delta_bias is None else delta + delta_bias
+    step = torch.nn.functional.softplus(step) if delta_softplus else step
+    B, C = (m.repeat_interleave(d // m.shape[1], dim=1) for m in (B, C))
+    state = torch.exp(step.unsqueeze(-1) * A) * state + (step * u_).unsqueeze(-1) * B
+    y = (C * state).sum(-1)
+    y = 2 * y.real if A.is_complex() else y
+    y = y if D is None else y + D * u_
+    return cast(y if z is None else y * torch.nn.functional.silu(z), u.dtype), state
+
+
 def _composite(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor] = None, z: Optional[Tensor] = None,
     delta_bias: Optional[Tensor] = None, delta_softplus: bool = False, dt_proj: Optional[Tensor] = None,
@@ -99,9 +170,9 @@ def _composite(
     merge: bool = True, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Canonical shapes and float32 in, the caller's shapes and dtype out."""
-    floats = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
-    floats |= {"delta_bias": delta_bias, "dt_proj": dt_proj, "initial_state": initial_state}
-    expect_real("selective_scan", floats)
+    floats = {"u": u, "delta": delta, "D": D, "z": z, "delta_bias": delta_bias, "dt_proj": dt_proj}
+    numbers = {"A": A, "B": B, "C": C, "initial_state": initial_state}
+    expect_real("selective_scan", floats if A.is_complex() else floats | numbers)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     routed = A.dim() == 3
     if not routed:
@@ -115,11 +186,19 @@ def _composite(
     if reset is not None and reset.dim() == 2:
         reset = reset.unsqueeze(1)
     _check(x, delta, A, B, C, D, z, delta_bias, dt_proj, initial_state, reset, routes, merge)
-    y, last, _ = torch.ops.ssmvision.selective_scan_forward(
-        cast_token(x, dtype), cast_token(delta, dtype), cast(A, dtype), cast_token(B, dtype), cast_token(C, dtype),
-        *(cast(t, dtype) for t in (D, delta_bias, dt_proj, initial_state)),
-        reset, routes, delta_softplus, merge, backend,
-    )  # fmt: skip
+    D, delta_bias, dt_proj = (cast(t, dtype) for t in (D, delta_bias, dt_proj))
+    options = (reset, routes, delta_softplus, merge, backend)
+    if A.is_complex():
+        expect_number("selective_scan", numbers)
+        A, B, C, initial_state = (cast_number(t, dtype) for t in (A, B, C, initial_state))
+        y, last = complex_selective_scan(
+            cast(x, dtype), cast(delta, dtype), A, B, C, D, delta_bias, dt_proj, initial_state, *options
+        )
+    else:
+        y, last, _ = torch.ops.ssmvision.selective_scan_forward(
+            cast_token(x, dtype), cast_token(delta, dtype), cast(A, dtype), cast_token(B, dtype), cast_token(C, dtype),
+            D, delta_bias, dt_proj, cast(initial_state, dtype), *options,
+        )  # fmt: skip
     if merge or not routed:
         y = y.squeeze(1)
     if z is not None:
@@ -154,17 +233,16 @@ def _check(
     ):
         if x is not None:
             expect("selective_scan", name, x, shape)
-    if d % B.shape[2] or d % C.shape[2]:
-        raise RuntimeError(
-            f"selective_scan: the groups of B ({B.shape[2]}) and C ({C.shape[2]}) must divide {d} channels"
-        )
-    if reset is not None:
-        expect("selective_scan", "reset", reset, (b, 1 if reset.shape[1] == 1 else k, length))
-        if reset.dtype != torch.bool:
-            raise RuntimeError(f"selective_scan: reset must be bool, not {reset.dtype}")
+    _expect_groups("selective_scan", B.shape[2], C.shape[2], d)
+    expect_reset("selective_scan", reset, (b, 1 if reset is None or reset.shape[1] == 1 else k, length))
     expect_routes("selective_scan", routes, (k, None if routes is None else routes.shape[-1]))
     if z is not None and not merge:
         raise RuntimeError("selective_scan: a gate z needs merge=True")
+
+
+def _expect_groups(operator: str, of_B: int, of_C: int, d: int) -> None:
+    if d % of_B or d % of_C:
+        raise RuntimeError(f"{operator}: the groups of B ({of_B}) and C ({of_C}) must divide {d} channels")
 
 
 def _allocate(u: Tensor, A: Tensor, routes: Optional[Tensor], merge: bool) -> tuple[Tensor, Tensor, Tensor]:

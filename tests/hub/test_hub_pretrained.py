@@ -126,6 +126,21 @@ def test_models_without_weights_say_so(toy):
         ssmvision.create_model("toyssm_b", pretrained=True)
 
 
+def test_weights_that_no_program_can_download_say_where_they_are(reference, official, tmp_path):
+    name = "toyssm_a.shared"
+    assert name not in ssmvision.list_models(pretrained=True)
+    with pytest.raises(RuntimeError) as caught:
+        ssmvision.create_model(name, pretrained=True)
+    assert str(caught.value) == (
+        "No program can download the weights toyssm_a.shared: get them by hand from https://example.org/d/toy/view and "
+        "pass pretrained_cfg_overlay=dict(file=...)."
+    )
+    (tmp_path / "toy.pth").write_bytes(torch_bytes(official))
+    overlay = {"file": str(tmp_path / "toy.pth")}
+    model = ssmvision.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert torch.equal(model(image()), reference(image()))
+
+
 def test_licences_that_forbid_commercial_use_are_announced_once(reference, recwarn):
     _builder._announce_licence.cache_clear()
     for _ in range(2):

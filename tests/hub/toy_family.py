@@ -54,6 +54,7 @@ default_cfgs = generate_default_cfgs(
         "toyssm_a.orig_in1k": _cfg(**_HUB, license="apache-2.0", origin_url=PAGE, paper_ids="arXiv:0000.00000"),
         "toyssm_a.nc": _cfg(**_HUB, license="mit"),
         "toyssm_a.pinned": _cfg(**_HUB, license="mit"),
+        "toyssm_a.shared": _cfg(license="mit"),
         "toyssm_b": _cfg(),
     }
 )
@@ -61,6 +62,7 @@ PUBLISHED = {
     "toyssm_a.orig_in1k": Published(PAGE, top1=76.1, top5=93.0, flops="1.5 G", caveats=("It is a toy.",)),
     "toyssm_a.nc": Published(PAGE, weights_license="CC BY-NC-SA 4.0"),
     "toyssm_a.pinned": Published(PAGE, sha256="0" * 64),
+    "toyssm_a.shared": Published(PAGE, by_hand="https://example.org/d/toy/view"),
 }
 
 

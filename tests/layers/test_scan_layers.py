@@ -1,4 +1,4 @@
-"""SS2D, ScalarSS2D and BiMamba."""
+"""What all layers of scans promise, and what SS2D, ScalarSS2D and BiMamba do."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmvision.layers import SS2D, BiMamba, ScalarSS2D
+from ssmvision.layers import SS2D, BiMamba, MambaVisionMixer, NonCausalSSD, ScalarSS2D, StructureAwareSSM
 
 LAYERS = {
     "SS2D": (lambda **dd: SS2D(8, **dd), (2, 5, 7, 8)),
@@ -16,6 +16,13 @@ LAYERS = {
     ),
     "ScalarSS2D": (lambda **dd: ScalarSS2D(8, d_state=4, dt_rank=4, **dd), (1, 5, 3, 8)),
     "BiMamba": (lambda **dd: BiMamba(8, **dd), (2, 9, 8)),
+    "MambaVisionMixer": (lambda **dd: MambaVisionMixer(8, **dd), (2, 9, 8)),
+    "MambaVisionMixer with everything": (
+        lambda **dd: MambaVisionMixer(8, d_state=3, d_conv=2, dt_rank=2, **dd),
+        (1, 4, 8),
+    ),
+    "NonCausalSSD": (lambda **dd: NonCausalSSD(8, num_heads=2, d_state=4, **dd), (2, 5, 3, 8)),
+    "StructureAwareSSM": (lambda **dd: StructureAwareSSM(8, **dd), (2, 5, 3, 8)),
     "BiMamba summed": (lambda **dd: BiMamba(8, d_state=3, d_conv=2, expand=1, dt_rank=3, merge="sum", **dd), (1, 1, 8)),
 }
 

@@ -13,6 +13,14 @@ from ssmvision_tools import verify
 
 PARITY = Path(__file__).parents[1] / "parity"
 CASES = [
+    "mambavision",
+    "mambavision_ls",
+    "mlla",
+    "spatialmamba",
+    "videomamba_image",
+    "videomamba_image_distill",
+    "videomamba_video",
+    "videomamba_video_pretrain",
     "vim_headcls_ln",
     "vim_midcls",
     "vim_midcls_stride8",
@@ -22,6 +30,7 @@ CASES = [
     "vmamba_v05_backbone",
     "vmamba_v05_s1",
     "vmamba_v05_s2",
+    "vssd",
 ]
 
 
@@ -72,6 +81,19 @@ def test_a_feature_of_the_wrong_module_fails(tmp_path: Path) -> None:
     meta["feats"][1] = "layers.1.blocks.0"
     (case / "meta.json").write_text(json.dumps(meta))
     assert not verify_case(case).ok
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "value"), [("videomamba_video_pretrain", "grad_input", 1e-6), ("vim_midcls", "grad_input", 1e-12)]
+)
+def test_gradients_vanish_where_the_official_ones_do(case: str, key: str, value: float, tmp_path: Path) -> None:
+    case = _copy(case, tmp_path)
+    tensors = safetensors.torch.load_file(case / "io.safetensors")
+    tensors[key].fill_(value)
+    safetensors.torch.save_file(tensors, case / "io.safetensors")
+    result = verify_case(case)
+    assert not result.ok
+    assert result.worst["gradient"][1] == key
 
 
 def test_several_cases_print_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:

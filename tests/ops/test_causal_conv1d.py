@@ -22,10 +22,10 @@ def make(b, d, l, width, k=0, bias=True, routes="", seed=0):
     return x, weight, torch.randn(*routed, d) if bias else None, make_routes(routes, k or 1, l) if routes else None
 
 
-def naive(x, weight, bias, silu, routes):
+def naive(x, weight, bias, silu, routes, reset=None):
     """One number at a time, in the caller's shapes."""
     if weight.dim() == 2:
-        return naive(x, weight[None], None if bias is None else bias[None], silu, routes)[:, 0]
+        return naive(x, weight[None], None if bias is None else bias[None], silu, routes, reset)[:, 0]
     (b, d, l), (k, _, width) = x.shape, weight.shape
     y = torch.zeros(b, k, d, l, dtype=torch.float64)
     for ib in range(b):
@@ -34,8 +34,10 @@ def naive(x, weight, bias, silu, routes):
             for i in range(d):
                 for t, token in enumerate(route):
                     value = 0.0 if bias is None else bias[ik, i].item()
-                    for j in range(max(0, width - 1 - t), width):
+                    for j in reversed(range(max(0, width - 1 - t), width)):
                         value += weight[ik, i, j].item() * x[ib, i, route[t - width + 1 + j]].item()
+                        if reset is not None and reset[(ib, *[ik] * (reset.dim() - 2), route[t - width + 1 + j])]:
+                            break
                     y[ib, ik, i, token] = value / (1 + math.exp(-value)) if silu else value
     return y
 
@@ -96,6 +98,56 @@ def test_gradients(backend, sizes, silu, k, layout):
         assert error(found, wanted) < limit
 
 
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("tokens", ["random", "every", (0,), (63,), (64,), (65, 66, 128)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reset(backend, tokens, k):
+    x, weight, bias, order = make(2, 3, 130, 4, k=k, routes="random" if k else "")
+    reset = torch.rand(2, *([k] if k else []), 130) < 0.3
+    if tokens != "random":
+        reset = torch.full((2, 130), tokens == "every")
+        reset[:, [] if tokens == "every" else list(tokens)] = True
+    y = causal_conv1d(x, weight, bias, True, order, reset, backend=backend)
+    assert error(y, naive(x, weight, bias, True, order, reset)) < 2e-6
+
+
+@pytest.mark.parametrize("layout", ["first", "last", "strided"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_with_resets(backend, layout):
+    x, weight, bias, order = make(2, 20, 70, 3, k=2, routes="random")
+    reset = lay_out(torch.rand(2, 2, 70) < 0.2, layout)
+
+    def gradients(dtype, backend):
+        inputs = [lay_out(t.to(dtype), layout).detach().requires_grad_() for t in (x, weight, bias)]
+        y = causal_conv1d(*inputs, True, order, reset, backend=backend)
+        torch.manual_seed(1)
+        return torch.autograd.grad((y.double() * torch.randn(y.shape, dtype=torch.float64)).sum(), inputs)
+
+    for found, wanted in zip(gradients(torch.float32, backend), gradients(torch.float64, "reference"), strict=True):
+        assert error(found, wanted) < 5e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_sequences_do_not_see_each_other(backend):
+    x, weight, bias, _ = make(1, 3, 20, 4)
+    reset = torch.zeros(1, 20, dtype=torch.bool)
+    reset[:, [5, 7]] = True
+    packed = causal_conv1d(x, weight, bias, True, reset=reset, backend=backend)
+    alone = [causal_conv1d(part, weight, bias, True, backend=backend) for part in x.split([5, 2, 13], -1)]
+    assert torch.equal(packed, torch.cat(alone, -1))
+    x[..., 6] = torch.nan
+    poisoned = causal_conv1d(x, weight, bias, True, reset=reset, backend=backend).isnan().any(1)[0]
+    assert poisoned.nonzero().flatten().tolist() == [6]
+
+
+def test_wrong_resets_are_told():
+    x, weight, bias, order = make(2, 3, 12, 4, k=2, routes="random")
+    with pytest.raises(RuntimeError, match=r"causal_conv1d: reset has shape \(2, 3, 12\), expected \(2, 2, 12\)"):
+        causal_conv1d(x, weight, bias, True, order, torch.zeros(2, 3, 12, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="reset must be bool, not"):
+        causal_conv1d(x, weight, bias, True, order, torch.zeros(2, 12))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 3, 0)], ids=str)
 def test_nothing_to_convolve(shape):
     assert causal_conv1d(torch.zeros(shape), torch.zeros(3, 4)).shape == shape
@@ -149,8 +201,10 @@ def test_later_tokens_do_not_reach_earlier_ones():
 def test_gradcheck(k):
     x, weight, bias, order = make(1, 2, 6, 3, k=k, routes="random" if k else "")
     inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *t: causal_conv1d(*t, True, order), inputs)
-    assert torch.autograd.gradgradcheck(lambda *t: causal_conv1d(*t, True, order), inputs)
+    for reset in (None, torch.arange(6)[None] == 3):
+        convolve = partial(lambda reset, *t: causal_conv1d(*t, True, order, reset), reset)
+        assert torch.autograd.gradcheck(convolve, inputs)
+        assert torch.autograd.gradgradcheck(convolve, inputs)
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -180,7 +234,8 @@ def test_half_precision(dtype):
 def test_opcheck(k):
     x, weight, bias, order = make(2, 3, 8, 4, k=k, routes="random" if k else "")
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    torch.library.opcheck(torch.ops.ssmvision.causal_conv1d.default, (*inputs, True, order))
+    for reset in (None, torch.rand(2, 8) < 0.3):
+        torch.library.opcheck(torch.ops.ssmvision.causal_conv1d.default, (*inputs, True, order, reset))
 
 
 class Convolution(nn.Module):

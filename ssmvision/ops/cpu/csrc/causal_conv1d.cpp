@@ -20,14 +20,33 @@ struct Window {
   }
 };
 
-inline vf convolve(const vf* window, const vf* weight, vf bias, int64_t width) {
-  for (int64_t j = 0; j < width; ++j) bias += weight[j] * window[j];
+// The first tap of each step of a chunk: earlier ones lie before the latest reset.
+struct FirstTap {
+  int64_t of[CHUNK] = {};
+
+  FirstTap(const Conv& s, const Steps& steps, const int64_t* row, const uint8_t* flags, int64_t chunk) {
+    if (!flags) return;
+    const int64_t begin = chunk * CHUNK;
+    int64_t seen = s.width;  // taps since the latest reset
+    for (int64_t t = std::max<int64_t>(0, begin - s.width + 1); t < begin + steps.count; ++t) {
+      seen = flags[row ? row[t] : t] ? 1 : seen + 1;
+      if (t >= begin) of[t - begin] = std::max<int64_t>(0, s.width - seen);
+    }
+  }
+};
+
+inline vf convolve(const vf* window, const vf* weight, vf bias, int64_t first, int64_t width) {
+  for (int64_t j = first; j < width; ++j) bias += weight[j] * window[j];
   return bias;
 }
 
 inline void load_weights(vf* weight, vf& bias, const Conv& s, int64_t ik, int64_t d, int lanes) {
   for (int64_t j = 0; j < s.width; ++j) weight[j] = load_part(s.weight + (ik * s.width + j) * s.channels + d, lanes);
   bias = s.bias ? load_part(s.bias + ik * s.channels + d, lanes) : vf{};
+}
+
+inline const uint8_t* flags(const Conv& s, int64_t ib, int64_t ik) {
+  return s.reset ? s.reset + ib * s.reset_b + ik * s.reset_k : nullptr;
 }
 
 // Adds the gradient of a window to dx, where windows of neighbouring chunks overlap.
@@ -51,12 +70,13 @@ void conv_forward(const Conv& s, int64_t ib, int64_t d0, int64_t d1) {
     for (int64_t ik = 0; ik < s.routes; ++ik) {
       const int64_t* row = s.order ? s.order + ik * s.tokens : nullptr;
       const Steps steps(row, s.tokens, chunk, nullptr);
+      const FirstTap first(s, steps, row, flags(s, ib, ik), chunk);
       for (int64_t d = d0; d < d1; d += LANES) {
         const int lanes = int(std::min<int64_t>(LANES, d1 - d));
         load_weights(weight, bias, s, ik, d, lanes);
         window.load(s, s.x.at(ib, 0) + d * s.x.c, steps, row, chunk, lanes);
         for (int t = 0; t < steps.count; ++t) {
-          const vf sum = convolve(window.tile + t, weight, bias, s.width);
+          const vf sum = convolve(window.tile + t, weight, bias, first.of[t], s.width);
           y[t] = s.silu ? sum * sigmoid(sum) : sum;
         }
         store_tile(y, s.y.at(ib, ik) + d * s.y.c, s.y.c, s.y.l, steps, lanes, false);
@@ -76,17 +96,18 @@ void conv_backward(const ConvGrad& s, int64_t ib, int64_t d0, int64_t d1) {
       vf dbias{};
       for (int64_t chunk = 0; chunk * CHUNK < s.tokens; ++chunk) {
         const Steps steps(row, s.tokens, chunk, nullptr);
+        const FirstTap first(s, steps, row, flags(s, ib, ik), chunk);
         window.load(s, s.x.at(ib, 0) + d * s.x.c, steps, row, chunk, lanes);
         load_tile(dy, s.dy.at(ib, ik) + d * s.dy.c, s.dy.c, s.dy.l, steps, lanes);
         std::fill(dwindow.tile, dwindow.tile + CHUNK + s.width - 1, vf{});
         for (int t = 0; t < steps.count; ++t) {
           vf grad = dy[t];
           if (s.silu) {
-            const vf sum = convolve(window.tile + t, weight, bias, s.width), gate = sigmoid(sum);
+            const vf sum = convolve(window.tile + t, weight, bias, first.of[t], s.width), gate = sigmoid(sum);
             grad *= gate * (splat(1.f) + sum * (splat(1.f) - gate));
           }
           dbias += grad;
-          for (int64_t j = 0; j < s.width; ++j) {
+          for (int64_t j = first.of[t]; j < s.width; ++j) {
             dweight[j] += grad * window.tile[t + j];
             dwindow.tile[t + j] += grad * weight[j];
           }

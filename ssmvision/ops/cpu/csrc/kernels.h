@@ -52,6 +52,8 @@ struct Conv {
   const float* weight;    // (k, w, d)
   const float* bias;      // (k, d) or null
   const int64_t* order;   // (k, l) or null
+  const uint8_t* reset;   // (b, k or 1, l) or null
+  int64_t reset_b, reset_k;
   int64_t slices;
 };
 
@@ -60,10 +62,56 @@ struct ConvGrad : Conv {
   float *dweight, *dbias; // (b, k, w, d) and (b, k, d)
 };
 
+// First-order linear recurrence of rows of `channels` floats: numbers, or (re, im) pairs if complex.
+struct LinearScan {
+  int64_t batch, steps, channels;
+  int64_t sharing;        // consecutive numbers with the same decay
+  bool complex, constant, reverse;  // constant: one row of decays for all steps
+  View a, x, h;           // (b, l, floats): b and l are used; broadcast dimensions have stride 0
+  const float* initial;   // (b, floats) or null
+  const uint8_t* reset;   // (b, l) or null
+  float* last;            // (b, floats)
+  int64_t slices;
+  int64_t token(int64_t step) const { return reverse ? steps - 1 - step : step; }
+  bool is_reset(int64_t ib, int64_t t) const { return reset && reset[ib * steps + t]; }
+};
+
+struct LinearScanGrad : LinearScan {
+  View dh, dx;
+  const float* dlast;     // (b, floats) or null
+  float* dinitial;        // (b, floats)
+  float* da;              // (slices or 1, b, l or 1, width), zeroed unless sharing is 1 and decays vary: partial sums
+  int64_t width;
+};
+
+// The scan of Mamba-2: heads of p channels, with one state matrix (n, p) each. Views are (b, h, p, l); step has no
+// p, and B and C are (b, g, n, l) with `groups` groups of consecutive heads.
+struct Ssd {
+  int64_t batch, heads, head_dim, states, groups, tokens;
+  View x, step, B, C, y;
+  const float* A;         // (h,)
+  const float* initial;   // (b, h, p, n) contiguous or null
+  const uint8_t* reset;   // (b, l) or null
+  float* last;            // (b, h, n, p)
+  float* checkpoints;     // (b, h, chunks, n, p): the state before each chunk
+  int64_t slices;         // slices of heads per sample that run in parallel
+};
+
+struct SsdGrad : Ssd {
+  View dy, dx, dstep;
+  const float* dlast;     // (b, h, p, n) contiguous or null
+  float *dA, *dinitial;   // (b, h) and (b, h, n, p)
+  float *dB, *dC;         // (slices, b, g, l, n), zeroed: partial sums, added up by the caller
+};
+
 // One task: sample ib, channels [d0, d1), every route in turn (so that merged outputs have one writer).
 void scan_forward(const Scan&, int64_t ib, int64_t d0, int64_t d1);
 void scan_backward(const ScanGrad&, int64_t ib, int64_t slice, int64_t d0, int64_t d1);
 void conv_forward(const Conv&, int64_t ib, int64_t d0, int64_t d1);
 void conv_backward(const ConvGrad&, int64_t ib, int64_t d0, int64_t d1);
+void ssd_forward(const Ssd&, int64_t ib, int64_t ih);
+void ssd_backward(const SsdGrad&, int64_t ib, int64_t slice, int64_t ih);
+void linear_scan_forward(const LinearScan&, int64_t ib, int64_t d0, int64_t d1);
+void linear_scan_backward(const LinearScanGrad&, int64_t ib, int64_t slice, int64_t d0, int64_t d1);
 
 }  // namespace ssmvision

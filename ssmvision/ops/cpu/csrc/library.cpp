@@ -123,8 +123,8 @@ void call_scan_backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tenso
 }
 
 // x (b, 1, d, l), weight (k, w, d), y (b, k, d, l)
-void describe(Conv& s, const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& order, bool silu,
-              int64_t slices) {
+void describe(Conv& s, const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& order,
+              const Optional& reset, bool silu, int64_t slices) {
   s.batch = x.size(0);
   s.routes = weight.size(0);
   s.width = weight.size(1);
@@ -135,25 +135,134 @@ void describe(Conv& s, const Tensor& x, const Tensor& weight, const Optional& bi
   s.weight = floats(weight);
   s.bias = floats(bias);
   s.order = checked_order(order, s.tokens);
+  s.reset = reset ? static_cast<const uint8_t*>(reset->data_ptr()) : nullptr;
+  s.reset_b = reset ? reset->stride(0) : 0;
+  s.reset_k = reset && reset->size(1) > 1 ? reset->stride(1) : 0;
   s.slices = slices;
 }
 
-void call_conv_forward(Tensor x, Tensor weight, Optional bias, Optional order, bool silu, int64_t slices, Tensor y) {
+void call_conv_forward(Tensor x, Tensor weight, Optional bias, Optional order, Optional reset, bool silu, int64_t slices,
+                       Tensor y) {
   Conv s;
-  describe(s, x, weight, bias, order, silu, slices);
+  describe(s, x, weight, bias, order, reset, silu, slices);
   s.y = view(y);
   for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { conv_forward(s, ib, d0, d1); });
 }
 
-void call_conv_backward(Tensor dy, Tensor x, Tensor weight, Optional bias, Optional order, bool silu, int64_t slices,
-                   Tensor dx, Tensor dweight, Tensor dbias) {
+void call_conv_backward(Tensor dy, Tensor x, Tensor weight, Optional bias, Optional order, Optional reset, bool silu,
+                        int64_t slices, Tensor dx, Tensor dweight, Tensor dbias) {
   ConvGrad s;
-  describe(s, x, weight, bias, order, silu, slices);
+  describe(s, x, weight, bias, order, reset, silu, slices);
   s.dy = view(dy);
   s.dx = view(dx);
   s.dweight = floats(dweight);
   s.dbias = floats(dbias);
   for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { conv_backward(s, ib, d0, d1); });
+}
+
+void describe(Ssd& s, const Tensor& x, const Tensor& step, const Tensor& A, const Tensor& B, const Tensor& C,
+              const Optional& reset, int64_t slices, const Tensor& checkpoints) {
+  s.batch = x.size(0);
+  s.heads = x.size(1);
+  s.head_dim = x.size(2);
+  s.tokens = x.size(3);
+  s.groups = B.size(1);
+  s.states = B.size(2);
+  s.x = view(x);
+  s.step = view(step);
+  s.B = view(B);
+  s.C = view(C);
+  s.A = floats(A);
+  s.reset = reset ? static_cast<const uint8_t*>(reset->data_ptr()) : nullptr;
+  s.checkpoints = floats(checkpoints);
+  s.slices = slices;
+}
+
+// Calls task(ib, slice, ih) for every sample and head.
+template <class Task>
+void for_each_head(const Ssd& s, const Task& task) {
+  torch::stable::parallel_for(0, s.batch * s.slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t ib = i / s.slices, slice = i % s.slices;
+      for (int64_t ih = slice * s.heads / s.slices; ih < (slice + 1) * s.heads / s.slices; ++ih) task(ib, slice, ih);
+    }
+  });
+}
+
+void call_ssd_forward(Tensor x, Tensor step, Tensor A, Tensor B, Tensor C, Optional initial, Optional reset,
+                      int64_t slices, Tensor y, Tensor last, Tensor checkpoints) {
+  Ssd s;
+  describe(s, x, step, A, B, C, reset, slices, checkpoints);
+  s.initial = floats(initial);
+  s.y = view(y);
+  s.last = floats(last);
+  for_each_head(s, [&](int64_t ib, int64_t, int64_t ih) { ssd_forward(s, ib, ih); });
+}
+
+void call_ssd_backward(Tensor dy, Optional dlast, Tensor checkpoints, Tensor x, Tensor step, Tensor A, Tensor B, Tensor C,
+                       Optional reset, int64_t slices, Tensor dx, Tensor dstep, Tensor dA, Tensor dB, Tensor dC,
+                       Tensor dinitial) {
+  SsdGrad s;
+  describe(s, x, step, A, B, C, reset, slices, checkpoints);
+  s.dy = view(dy);
+  s.dlast = floats(dlast);
+  s.dx = view(dx);
+  s.dstep = view(dstep);
+  s.dA = floats(dA);
+  s.dB = floats(dB);
+  s.dC = floats(dC);
+  s.dinitial = floats(dinitial);
+  for_each_head(s, [&](int64_t ib, int64_t slice, int64_t ih) { ssd_backward(s, ib, slice, ih); });
+}
+
+// (b, l, floats)
+View rows(const Tensor& t) {
+  View v;
+  v.data = floats(t);
+  v.b = t.size(0) == 1 ? 0 : t.stride(0);
+  v.l = t.size(1) == 1 ? 0 : t.stride(1);
+  return v;
+}
+
+void describe(LinearScan& s, const Tensor& a, const Tensor& h, const Optional& initial, const Optional& reset,
+              int64_t sharing, bool complex, bool reverse, int64_t slices) {
+  s.batch = h.size(0);
+  s.steps = h.size(1);
+  s.channels = h.size(2);
+  s.sharing = sharing;
+  s.complex = complex;
+  s.constant = a.size(1) == 1;
+  s.reverse = reverse;
+  s.a = rows(a);
+  s.h = rows(h);
+  s.initial = floats(initial);
+  s.reset = reset ? static_cast<const uint8_t*>(reset->data_ptr()) : nullptr;
+  s.slices = slices;
+}
+
+void call_linear_scan_forward(Tensor a, Tensor x, Optional initial, Optional reset, int64_t sharing, bool complex,
+                              bool reverse, int64_t slices, Tensor h, Tensor last) {
+  LinearScan s;
+  describe(s, a, h, initial, reset, sharing, complex, reverse, slices);
+  s.x = rows(x);
+  s.last = floats(last);
+  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { linear_scan_forward(s, ib, d0, d1); });
+}
+
+void call_linear_scan_backward(Tensor dh, Optional dlast, Tensor h, Tensor a, Optional initial, Optional reset,
+                               int64_t sharing, bool complex, bool reverse, int64_t slices, Tensor da, Tensor dx,
+                               Tensor dinitial) {
+  LinearScanGrad s;
+  describe(s, a, h, initial, reset, sharing, complex, reverse, slices);
+  s.dh = rows(dh);
+  s.dx = rows(dx);
+  s.dlast = floats(dlast);
+  s.dinitial = floats(dinitial);
+  s.da = floats(da);
+  s.width = da.size(3) * da.size(4) * (complex ? 2 : 1);
+  for_each_task(s, [&](int64_t ib, int64_t slice, int64_t d0, int64_t d1) {
+    linear_scan_backward(s, ib, s.sharing > 1 && !s.constant ? slice : 0, d0, d1);
+  });
 }
 
 }  // namespace
@@ -170,10 +279,24 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
       "Tensor checkpoints, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, "
       "Tensor(f!)? dD, Tensor(g!)? dbias, Tensor(h!) dinitial) -> ()");
   m.def(
-      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? order, bool silu, int slices, Tensor(a!) y) -> ()");
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? reset, bool silu, int slices, "
+      "Tensor(a!) y) -> ()");
   m.def(
-      "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? order, bool silu, int slices, "
-      "Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
+      "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? reset, bool silu, "
+      "int slices, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
+  m.def(
+      "ssd_scan(Tensor x, Tensor step, Tensor A, Tensor B, Tensor C, Tensor? initial, Tensor? reset, int slices, "
+      "Tensor(a!) y, Tensor(b!) last, Tensor(c!) checkpoints) -> ()");
+  m.def(
+      "ssd_scan_backward(Tensor dy, Tensor? dlast, Tensor checkpoints, Tensor x, Tensor step, Tensor A, Tensor B, "
+      "Tensor C, Tensor? reset, int slices, Tensor(a!) dx, Tensor(b!) dstep, Tensor(c!) dA, Tensor(d!) dB, "
+      "Tensor(e!) dC, Tensor(f!) dinitial) -> ()");
+  m.def(
+      "linear_scan(Tensor a, Tensor x, Tensor? initial, Tensor? reset, int sharing, bool complex, bool reverse, "
+      "int slices, Tensor(a!) h, Tensor(b!) last) -> ()");
+  m.def(
+      "linear_scan_backward(Tensor dh, Tensor? dlast, Tensor h, Tensor a, Tensor? initial, Tensor? reset, int sharing, "
+      "bool complex, bool reverse, int slices, Tensor(a!) da, Tensor(b!) dx, Tensor(c!) dinitial) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
@@ -181,4 +304,8 @@ STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
   m.impl("selective_scan_backward", TORCH_BOX(&ssmvision::call_scan_backward));
   m.impl("causal_conv1d", TORCH_BOX(&ssmvision::call_conv_forward));
   m.impl("causal_conv1d_backward", TORCH_BOX(&ssmvision::call_conv_backward));
+  m.impl("ssd_scan", TORCH_BOX(&ssmvision::call_ssd_forward));
+  m.impl("ssd_scan_backward", TORCH_BOX(&ssmvision::call_ssd_backward));
+  m.impl("linear_scan", TORCH_BOX(&ssmvision::call_linear_scan_forward));
+  m.impl("linear_scan_backward", TORCH_BOX(&ssmvision::call_linear_scan_backward));
 }

@@ -8,15 +8,38 @@
 namespace ssmvision {
 namespace {
 
-constexpr float LOG2E = 1.44269504088896341f;
+inline int64_t whole_vectors(int64_t channels) { return (channels + LANES - 1) / LANES * LANES; }
 
-// (d, rows) -> (rows, d) for the channels of one task, so that lanes load contiguous channels.
+// (d, rows) -> (rows, d) for the channels of one task, so that lanes load contiguous channels; rows are padded with zeros
+// to whole vectors.
 inline std::vector<float> channels_last(const float* p, int64_t d0, int64_t d1, int64_t rows, float scale) {
-  std::vector<float> out(size_t(rows * (d1 - d0)));
-  for (int64_t d = d0; d < d1; ++d)
-    for (int64_t r = 0; r < rows; ++r) out[size_t(r * (d1 - d0) + d - d0)] = scale * p[d * rows + r];
+  const int64_t stride = whole_vectors(d1 - d0);
+  std::vector<float> out(size_t(rows * stride));
+  for (int64_t d = d0; d < d1; d += LANES) {
+    const int64_t width = std::min<int64_t>(LANES, d1 - d);
+    int64_t r = 0;
+    for (; width == LANES && r + LANES <= rows; r += LANES) {
+      vf block[LANES];
+      for (int i = 0; i < LANES; ++i) block[i] = splat(scale) * load(p + (d + i) * rows + r);
+      transpose(block);
+      for (int i = 0; i < LANES; ++i) store(&out[size_t((r + i) * stride + d - d0)], block[i]);
+    }
+    for (; r < rows; ++r)
+      for (int64_t i = 0; i < width; ++i) out[size_t(r * stride + d - d0 + i)] = scale * p[(d + i) * rows + r];
+  }
   return out;
 }
+
+// Calls body.operator()<N>(t) for blocks of N steps and <1> for the rest: N independent chains hide each other's latency.
+template <int N, class Body>
+[[gnu::always_inline]] inline void in_blocks(int count, const Body& body) {
+  int t = 0;
+  for (; t + N <= count; t += N) body.template operator()<N>(t);
+  for (; t < count; ++t) body.template operator()<1>(t);
+}
+
+inline vf lanes(float shared) { return splat(shared); }
+inline vf lanes(vf own) { return own; }
 
 // B or C of one chunk when all lanes of a channel block belong to one group: scalars [t][n], broadcast on use.
 struct SharedCoefficients {
@@ -28,7 +51,7 @@ struct SharedCoefficients {
   SharedCoefficients(const GroupedView& v, const Scan& s, int64_t ib, int64_t ik)
       : view(v), base(v.at(ib, ik)), states(s.states), per_group(s.channels / v.groups), values(size_t(CHUNK * states)) {}
 
-  vf get(int t, int64_t n) const { return splat(values[size_t(t * states + n)]); }
+  const float* at(int t, int64_t n) const { return &values[size_t(t * states + n)]; }
   void next_chunk() { group = -1; }
   void load(const Steps& s, int64_t d, int) {
     if (group == d / per_group) return;
@@ -49,7 +72,7 @@ struct LaneCoefficients {
   LaneCoefficients(const GroupedView& v, const Scan& s, int64_t ib, int64_t ik)
       : view(v), base(v.at(ib, ik)), states(s.states), per_group(s.channels / v.groups), values(size_t(CHUNK * states)) {}
 
-  vf get(int t, int64_t n) const { return values[size_t(t * states + n)]; }
+  const vf* at(int t, int64_t n) const { return &values[size_t(t * states + n)]; }
   void next_chunk() {}
   void load(const Steps& s, int64_t d, int width) {
     for (int t = 0; t < s.count; ++t)
@@ -71,7 +94,7 @@ struct Delta {
   std::vector<float> weight, rows;  // (r, d) of this task; [t][r] of this chunk
 
   Delta(const Scan& scan, int64_t ib_, int64_t ik_, int64_t d0_, int64_t d1)
-      : s(scan), ib(ib_), ik(ik_), d0(d0_), slice(d1 - d0_) {
+      : s(scan), ib(ib_), ik(ik_), d0(d0_), slice(whole_vectors(d1 - d0_)) {
     if (!s.projection) return;
     weight = channels_last(s.projection + ik * s.channels * s.rank, d0, d1, s.rank, 1.f);
     rows.resize(size_t(CHUNK * s.rank));
@@ -81,27 +104,52 @@ struct Delta {
     for (int64_t r = 0; r < (s.projection ? s.rank : 0); ++r)
       for (int t = 0; t < steps.count; ++t) rows[size_t(t * s.rank + r)] = p[r * s.delta.c + steps.token[t] * s.delta.l];
   }
-  // raw[t] = delta + bias, before softplus.
+  // delta + bias, before softplus, of channels d .. d + width.
   void load(vf* raw, const Steps& steps, int64_t d, int width) const {
-    const vf bias = s.bias ? load_part(s.bias + ik * s.channels + d, width) : vf{};
-    if (!s.projection) {
-      load_tile(raw, s.delta.at(ib, ik) + d * s.delta.c, s.delta.c, s.delta.l, steps, width);
-      for (int t = 0; t < steps.count; ++t) raw[t] += bias;
-      return;
+    if (!s.projection) load_tile(raw, s.delta.at(ib, ik) + d * s.delta.c, s.delta.c, s.delta.l, steps, width);
+    for (int c = 0; c < width; c += LANES, raw += ROOM) {
+      const vf bias = s.bias ? load_part(s.bias + ik * s.channels + d + c, std::min(LANES, width - c)) : vf{};
+      if (s.projection) project(raw, steps, bias, &weight[size_t(d + c - d0)]);
+      else if (s.bias) for (int t = 0; t < steps.count; ++t) raw[t] += bias;
     }
-    for (int t = 0; t < steps.count; ++t) raw[t] = bias;
-    for (int64_t r = 0; r < s.rank; ++r) {
-      const vf w = load_part(&weight[size_t(r * slice + d - d0)], width);
-      for (int t = 0; t < steps.count; ++t) raw[t] += w * splat(rows[size_t(t * s.rank + r)]);
-    }
+  }
+  // The sums of eight steps stay in registers.
+  void project(vf* raw, const Steps& steps, vf bias, const float* w) const {
+    in_blocks<8>(steps.count, [&]<int N>(int t) {
+      const float* row = &rows[size_t(t * s.rank)];
+      vf sum[N];
+      for (int i = 0; i < N; ++i) sum[i] = bias;
+      for (int64_t r = 0; r < s.rank; ++r)
+        for (int i = 0; i < N; ++i) sum[i] += ::load(w + r * slice) * splat(row[i * s.rank + r]);
+      for (int i = 0; i < N; ++i) raw[t + i] = sum[i];
+    });
   }
 };
 
-// Two passes with short chains instead of one with long ones, for the scheduler's sake; see exp2_products.
-inline void softplus_tile(vf* x, int count) {
-  vf e[CHUNK];
-  for (int t = 0; t < count; ++t) e[t] = exp_neg_abs(x[t]);
-  for (int t = 0; t < count; ++t) x[t] = vmax(splat(0.f), x[t]) + log1pv(e[t]);
+// e = exp(-|x|) and x = log(1 + exp(x)).
+inline void softplus_tile(vf* x, vf* e, int count) {
+  for (int t = 0; t < count; t += LOCKSTEP) softplus<LOCKSTEP>(x + t, e + t, x + t);
+}
+
+inline float largest_magnitude(const vf* x, int count) {
+  vf largest{};
+  for (int t = 0; t < count; ++t) largest = vmax(largest, (vf)((vi)x[t] & INT32_MAX));
+  return hmax(largest);
+}
+
+// decay[i][t] = 2^(dt[t] a2[i]) for NS states. BOUNDED: no exponent exceeds 126 in magnitude. A pass of its own, and not
+// part of the recurrence, as the two together need more registers than there are.
+template <int NS>
+inline void decays(vf (*decay)[ROOM], const vf* dt, const vf* a2, bool bounded, int count) {
+  for (int i = 0; i < NS; ++i) {
+    if (!bounded) {
+      for (int t = 0; t < count; ++t) decay[i][t] = exp2v(dt[t] * a2[i]);
+      continue;
+    }
+    vf rate[LOCKSTEP];
+    for (int j = 0; j < LOCKSTEP; ++j) rate[j] = a2[i];
+    for (int t = 0; t < count; t += LOCKSTEP) exp2_products<LOCKSTEP>(decay[i] + t, dt + t, rate);
+  }
 }
 
 }  // namespace

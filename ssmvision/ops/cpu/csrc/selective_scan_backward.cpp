@@ -5,6 +5,8 @@
 namespace ssmvision {
 namespace {
 
+constexpr int STATES = 2;  // that go through a chunk together: they share the loads of dt, x and dy
+
 // Gradients of B or C: one vector per [t][n], summed over channel blocks; lanes are added up once per chunk and group.
 struct CoefficientGrad {
   float* base;  // (g, l, n) of this slice, sample and route
@@ -15,94 +17,145 @@ struct CoefficientGrad {
   CoefficientGrad(float* partial, const GroupedView& v, const Scan& s, int64_t slice, int64_t ib, int64_t ik, bool shared_)
       : base(partial + ((slice * s.batch + ib) * s.routes + ik) * v.groups * s.tokens * s.states),
         states(s.states), tokens(s.tokens), per_group(s.channels / v.groups), shared(shared_),
-        sums(size_t(CHUNK * states)) {}
+        sums(size_t(CHUNK * states + LANES)) {}
 
-  void add(int t, int64_t n, vf value) { sums[size_t(t * states + n)] += value; }
+  vf* at(int64_t n) { return &sums[size_t(n)]; }
   void enter(const Steps& s, int64_t d) {
     if (shared && group == d / per_group) return;
-    flush(s, 0, LANES);
+    flush(s);
     group = d / per_group;
   }
+  // Channels of one vector that belong to different groups.
   void leave(const Steps& s, int64_t d, int width) {
-    if (!shared) flush(s, d, width);
-  }
-  void flush(const Steps& s, int64_t d, int width) {
-    if (group < 0) return;
+    if (shared) return;
     for (int t = 0; t < s.count; ++t)
       for (int64_t n = 0; n < states; ++n) {
         vf& sum = sums[size_t(t * states + n)];
-        const int64_t cell = s.token[t] * states + n;
-        if (shared) base[group * tokens * states + cell] += hsum(sum);
-        else for (int i = 0; i < width; ++i) base[(d + i) / per_group * tokens * states + cell] += sum[i];
+        for (int i = 0; i < width; ++i) base[((d + i) / per_group * tokens + s.token[t]) * states + n] += sum[i];
         sum = vf{};
       }
     group = -1;
   }
-};
-
-// What one channel block of one chunk reads and accumulates.
-struct BlockGrad {
-  vf dt[CHUNK], raw[CHUNK], u[CHUNK], dy[CHUNK];
-  vf ddt[CHUNK];  // through the decay
-  vf db[CHUNK];   // sum over states of dh * B: the gradient of dt * u
-};
-
-// Recompute the states of NS states forward, then run the recurrence of the gradients backward. Returns through h the
-// gradient of the state before the chunk, through da the gradient of A.
-template <int NS, class Coefficients>
-static void retreat(BlockGrad& g, vf* h, vf* dh, vf* da, const vf* a, const Coefficients& B, const Coefficients& C,
-                    CoefficientGrad& dB, CoefficientGrad& dC, int64_t n, const Steps& steps) {
-  vf decay[CHUNK][NS], state[CHUNK + 1][NS];
-  for (int i = 0; i < NS; ++i) state[0][i] = h[i];
-  for (int t = 0; t < steps.count; ++t) {
-    const vf x = g.dt[t] * g.u[t];
-    const bool cut = steps.reset[t];
-    for (int i = 0; i < NS; ++i) {
-      decay[t][i] = cut ? vf{} : exp2v(g.dt[t] * (a[i] * splat(LOG2E)));
-      state[t + 1][i] = (cut ? vf{} : decay[t][i] * state[t][i]) + x * B.get(t, n + i);
+  void flush(const Steps& s) {
+    if (group < 0) return;
+    float* const out = base + group * tokens * states;
+    int t = 0;
+    int64_t n = 0;
+    for (int64_t cell = 0; cell < s.count * states; cell += LANES) {  // LANES cells at a time: no horizontal sums
+      vf* const block = &sums[size_t(cell)];
+      transpose(block);
+      vf total{};
+      for (int i = 0; i < LANES; ++i) {
+        total += block[i];
+        block[i] = vf{};
+      }
+      for (int i = 0; i < LANES && t < s.count; ++i) {
+        out[s.token[t] * states + n] += total[i];
+        if (++n == states) n = 0, ++t;
+      }
     }
+    group = -1;
   }
+};
+
+// What one vector of channels of one chunk reads and accumulates.
+struct BlockGrad {
+  vf *dt, *u, *dy;
+  vf x[CHUNK];    // dt * u
+  vf ddt[CHUNK];  // through the decay
+  vf db[CHUNK];   // sum over states of dh * B: the gradient of x
+};
+
+// The states of NS states are recomputed forward, then the recurrence of the gradients runs backward. h enters as the
+// state before the chunk; dh enters as the gradient of the state after it and leaves as that of the state before.
+template <int NS, class Coefficient>
+static void retreat(BlockGrad& g, vf (*decay)[ROOM], const vf* h, vf* dh, vf* da, const vf* a, const Coefficient* B,
+                    const Coefficient* C, vf* dB, vf* dC, int64_t states, const Steps& steps) {
+  vf state[CHUNK + 1][NS], grad_a[NS], grad[NS];
+  for (int i = 0; i < NS; ++i) {
+    state[0][i] = h[i];
+    grad_a[i] = da[i];
+    grad[i] = dh[i];
+  }
+  for (int t = 0; t < steps.count; ++t, B += states)
+    for (int i = 0; i < NS; ++i) {
+      if (__builtin_expect(steps.reset[t], 0)) {
+        decay[i][t] = vf{};
+        state[t + 1][i] = g.x[t] * lanes(B[i]);
+      } else {
+        state[t + 1][i] = decay[i][t] * state[t][i] + g.x[t] * lanes(B[i]);
+      }
+    }
+  C += steps.count * states;
+  dB += steps.count * states;
+  dC += steps.count * states;
   for (int t = steps.count - 1; t >= 0; --t) {
-    const vf dy = g.dy[t], dt = g.dt[t], x = dt * g.u[t];
+    B -= states;
+    C -= states;
+    dB -= states;
+    dC -= states;
+    const vf dy = g.dy[t], dt = g.dt[t], x = g.x[t];
     vf ddt = g.ddt[t], db = g.db[t];
     for (int i = 0; i < NS; ++i) {
-      const vf grad = dh[i] + dy * C.get(t, n + i);
-      dC.add(t, n + i, dy * state[t + 1][i]);
-      dB.add(t, n + i, grad * x);
-      dh[i] = grad * decay[t][i];
-      const vf ddecay = dh[i] * state[t][i];  // d loss / d (dt * A)
-      da[i] += ddecay * dt;
+      const vf dstate = grad[i] + dy * lanes(C[i]);
+      dC[i] += dy * state[t + 1][i];
+      dB[i] += dstate * x;
+      grad[i] = dstate * decay[i][t];
+      const vf ddecay = grad[i] * state[t][i];  // d loss / d (dt * A)
+      grad_a[i] += ddecay * dt;
       ddt += ddecay * a[i];
-      db += grad * B.get(t, n + i);
+      db += dstate * lanes(B[i]);
     }
     g.ddt[t] = ddt;
     g.db[t] = db;
+  }
+  for (int i = 0; i < NS; ++i) {
+    da[i] = grad_a[i];
+    dh[i] = grad[i];
   }
 }
 
 template <int NS, class Coefficients>
 static void retreat_states(BlockGrad& g, const float* saved, float* dstate, float* dA, int64_t stride, const float* A,
                            int64_t stride_a, const Coefficients& B, const Coefficients& C, CoefficientGrad& dB,
-                           CoefficientGrad& dC, int64_t n, const Steps& steps, int width) {
-  vf h[NS], dh[NS], da[NS], a[NS];
+                           CoefficientGrad& dC, int64_t n, const Steps& steps, int width, bool bounded) {
+  vf h[NS], dh[NS], da[NS], a[NS], a2[NS], decay[NS][ROOM];
   for (int i = 0; i < NS; ++i) {
     h[i] = load_part(saved + (n + i) * stride, width);
     dh[i] = load_part(dstate + (n + i) * stride, width);
     da[i] = load_part(dA + (n + i) * stride, width);
-    a[i] = load_part(A + (n + i) * stride_a, width);
+    a[i] = load(A + (n + i) * stride_a);
+    a2[i] = splat(LOG2E) * a[i];
   }
-  retreat<NS>(g, h, dh, da, a, B, C, dB, dC, n, steps);
+  decays<NS>(decay, g.dt, a2, bounded, steps.count);
+  retreat<NS>(g, decay, h, dh, da, a, B.at(0, n), C.at(0, n), dB.at(n), dC.at(n), B.states, steps);
   for (int i = 0; i < NS; ++i) {
     store_part(dstate + (n + i) * stride, dh[i], width);
     store_part(dA + (n + i) * stride, da[i], width);
   }
 }
 
+// The gradients of u (in u's place) and of delta before softplus (in dt's place) once all states have been through; e is
+// what softplus_tile left, raw its argument. Also the gradients of D and of the bias.
+static void finish(BlockGrad& g, const vf* raw, const vf* e, bool softplus, vf skip, vf& dskip, vf& dbias, int count) {
+  dskip = dbias = vf{};
+  for (int t = 0; t < count; ++t) {
+    dskip += g.dy[t] * g.u[t];
+    vf ddt = g.ddt[t] + g.db[t] * g.u[t];
+    if (softplus) ddt *= sigmoid(raw[t], e[t]);
+    g.u[t] = g.db[t] * g.dt[t] + skip * g.dy[t];
+    g.dt[t] = ddt;
+    dbias += ddt;
+  }
+}
+
 template <class Coefficients>
 static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t slice_index, int64_t d0, int64_t d1) {
-  const int64_t chunks = (s.steps + CHUNK - 1) / CHUNK, plane = s.states * s.channels, slice = d1 - d0;
+  const int64_t chunks = (s.steps + CHUNK - 1) / CHUNK, plane = s.states * s.channels, slice = whole_vectors(d1 - d0);
   const int64_t bk = ib * s.routes + ik;
   const std::vector<float> A = channels_last(s.A + ik * plane, d0, d1, s.states, 1.f);
+  float steepest = 0.f;
+  for (const float a : A) steepest = std::max(steepest, std::abs(a));
   const int64_t* const order = s.order ? s.order + ik * s.steps : nullptr;
   const uint8_t* const flags = s.reset ? s.reset + ib * s.reset_b + ik * s.reset_k : nullptr;
   const float* const saved = s.checkpoints + bk * chunks * plane;
@@ -115,6 +168,7 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
   Coefficients B(s.B, s, ib, ik), C(s.C, s, ib, ik);
   CoefficientGrad dB(s.dB, s.B, s, slice_index, ib, ik, shared), dC(s.dC, s.C, s, slice_index, ib, ik, shared);
   Delta delta(s, ib, ik, d0, d1);
+  vf dts[2 * ROOM] = {}, us[2 * ROOM], dys[2 * ROOM], raw[CHUNK], e[ROOM];
   BlockGrad g;
 
   for (int64_t n = 0; n < s.states; ++n)
@@ -131,47 +185,48 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
     B.next_chunk();
     C.next_chunk();
     delta.next_chunk(steps);
-    for (int64_t d = d0; d < d1; d += LANES) {
-      const int width = int(std::min<int64_t>(LANES, d1 - d));
-      load_tile(g.u, u + d * s.u.c, s.u.c, s.u.l, steps, width);
-      load_tile(g.dy, dy + d * s.dy.c, s.dy.c, s.dy.l, steps, width);
-      delta.load(g.raw, steps, d, width);
-      for (int t = 0; t < steps.count; ++t) {
-        g.dt[t] = g.raw[t];
-        g.ddt[t] = g.db[t] = vf{};
-      }
-      if (s.softplus) softplus_tile(g.dt, steps.count);
-      B.load(steps, d, width);
-      C.load(steps, d, width);
-      dB.enter(steps, d);
-      dC.enter(steps, d);
-      const float* a = &A[size_t(d - d0)];
-      int64_t n = 0;
-      for (; n + 2 <= s.states; n += 2)
-        retreat_states<2>(g, saved + chunk * plane + d, dstate + d, dA + d, s.channels, a, slice, B, C, dB, dC, n, steps, width);
-      for (; n < s.states; ++n)
-        retreat_states<1>(g, saved + chunk * plane + d, dstate + d, dA + d, s.channels, a, slice, B, C, dB, dC, n, steps, width);
-      dB.leave(steps, d, width);
-      dC.leave(steps, d, width);
+    for (int64_t block = d0; block < d1; block += 2 * LANES) {
+      const int64_t end = std::min(d1, block + 2 * LANES);
+      load_tile(us, u + block * s.u.c, s.u.c, s.u.l, steps, int(end - block));
+      load_tile(dys, dy + block * s.dy.c, s.dy.c, s.dy.l, steps, int(end - block));
+      delta.load(dts, steps, block, int(end - block));
+      g.dt = dts, g.u = us, g.dy = dys;
+      for (int64_t d = block; d < end; d += LANES, g.dt += ROOM, g.u += ROOM, g.dy += ROOM) {
+        const int width = int(std::min<int64_t>(LANES, end - d));
+        std::copy(g.dt, g.dt + steps.count, raw);
+        if (s.softplus) softplus_tile(g.dt, e, steps.count);
+        const bool bounded = largest_magnitude(g.dt, steps.count) * steepest * LOG2E <= 126.f;  // false if NaN
+        for (int t = 0; t < steps.count; ++t) {
+          g.x[t] = g.dt[t] * g.u[t];
+          g.ddt[t] = g.db[t] = vf{};
+        }
+        B.load(steps, d, width);
+        C.load(steps, d, width);
+        dB.enter(steps, d);
+        dC.enter(steps, d);
+        const float* a = &A[size_t(d - d0)];
+        const float* h = saved + chunk * plane + d;
+        int64_t n = 0;
+        for (; n + STATES <= s.states; n += STATES)
+          retreat_states<STATES>(g, h, dstate + d, dA + d, s.channels, a, slice, B, C, dB, dC, n, steps, width, bounded);
+        for (; n < s.states; ++n)
+          retreat_states<1>(g, h, dstate + d, dA + d, s.channels, a, slice, B, C, dB, dC, n, steps, width, bounded);
+        dB.leave(steps, d, width);
+        dC.leave(steps, d, width);
 
-      const vf skip = s.D ? load_part(s.D + ik * s.channels + d, width) : vf{};
-      vf dskip{}, dbias{};
-      for (int t = 0; t < steps.count; ++t) {
-        dskip += g.dy[t] * g.u[t];
-        vf ddt = g.ddt[t] + g.db[t] * g.u[t];
-        if (s.softplus) ddt *= sigmoid(g.raw[t]);
-        g.ddt[t] = ddt;
-        dbias += ddt;
-        g.db[t] = g.db[t] * g.dt[t] + skip * g.dy[t];  // now the gradient of u
+        const int64_t channel = bk * s.channels + d;
+        const vf skip = s.D ? load_part(s.D + ik * s.channels + d, width) : vf{};
+        vf dskip, dbias;
+        finish(g, raw, e, s.softplus, skip, dskip, dbias, steps.count);
+        if (s.dD) store_part(s.dD + channel, load_part(s.dD + channel, width) + dskip, width);
+        if (s.dbias) store_part(s.dbias + channel, load_part(s.dbias + channel, width) + dbias, width);
       }
-      const int64_t channel = ik * s.channels + d + ib * s.routes * s.channels;
-      if (s.dD) store_part(s.dD + channel, load_part(s.dD + channel, width) + dskip, width);
-      if (s.dbias) store_part(s.dbias + channel, load_part(s.dbias + channel, width) + dbias, width);
-      store_tile(g.db, du + d * s.du.c, s.du.c, s.du.l, steps, width, s.shared_u && ik > 0);
-      store_tile(g.ddt, s.ddelta.at(ib, ik) + d * s.ddelta.c, s.ddelta.c, s.ddelta.l, steps, width, false);
+      const int width = int(end - block);
+      store_tile(us, du + block * s.du.c, s.du.c, s.du.l, steps, width, s.shared_u && ik > 0);
+      store_tile(dts, s.ddelta.at(ib, ik) + block * s.ddelta.c, s.ddelta.c, s.ddelta.l, steps, width, false);
     }
-    dB.flush(steps, 0, LANES);
-    dC.flush(steps, 0, LANES);
+    dB.flush(steps);
+    dC.flush(steps);
   }
 }
 

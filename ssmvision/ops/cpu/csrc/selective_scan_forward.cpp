@@ -8,49 +8,46 @@
 namespace ssmvision {
 namespace {
 
-// States whose recurrences advance in lockstep: as many as leave their constants in registers.
-constexpr int TOGETHER = LANES == 16 ? 4 : 2;
+constexpr int STATES = 4;  // that go through a chunk together: they share the loads of dt, x and y
 
-// NS states advance together: they share the loads of dt, x and y, and hide each other's latency. BOUNDED: no exponent
-// of this block exceeds 126 in magnitude, which saves the comparisons.
-template <int NS, bool BOUNDED, class Coefficients>
-static void advance(const vf* dt, const vf* x, vf* y, vf* h, const vf* a2, const Coefficients& B, const Coefficients& C,
-                    int64_t n, const Steps& steps) {
-  vf state[NS];
-  for (int i = 0; i < NS; ++i) state[i] = h[i];
-  for (int t = 0; t < steps.count; ++t) {
-    vf out = y[t];
-    const vf step = dt[t], drive = x[t];
-    vf a[NS];
-    if (BOUNDED) exp2_products<NS>(a, step, a2);
-    else for (int i = 0; i < NS; ++i) a[i] = exp2v(step * a2[i]);
+// FIRST: these are the first states, and y is yet to be begun: as skip * input, where x enters as the input and leaves as
+// dt * input.
+template <int NS, bool FIRST, class Coefficient>
+static void advance(const vf (*decay)[ROOM], const vf* dt, vf* x, vf* y, vf skip, vf* state, const Coefficient* B,
+                    const Coefficient* C, int64_t states, const Steps& steps) {
+  vf h[NS];
+  for (int i = 0; i < NS; ++i) h[i] = state[i];
+  for (int t = 0; t < steps.count; ++t, B += states, C += states) {
     if (__builtin_expect(steps.reset[t], 0))
-      for (int i = 0; i < NS; ++i) state[i] = vf{};
-    for (int i = 0; i < NS; ++i) state[i] = a[i] * state[i] + drive * B.get(t, n + i);
-    for (int i = 0; i < NS; ++i) out += state[i] * C.get(t, n + i);
+      for (int i = 0; i < NS; ++i) h[i] = vf{};
+    vf out = FIRST ? skip * x[t] : y[t];
+    if (FIRST) x[t] *= dt[t];
+    for (int i = 0; i < NS; ++i) h[i] = decay[i][t] * h[i] + x[t] * lanes(B[i]);
+    for (int i = 0; i < NS; ++i) out += h[i] * lanes(C[i]);
     y[t] = out;
   }
-  for (int i = 0; i < NS; ++i) h[i] = state[i];
+  for (int i = 0; i < NS; ++i) state[i] = h[i];
 }
 
-// One channel block through one chunk for states n .. n + NS: state -> next, both (n, d) with row length `stride`.
+// One vector of channels through one chunk for states n .. n + NS: state -> next, both (n, d) with row length `stride`.
 template <int NS, class Coefficients>
-static void advance_states(const vf* dt, const vf* x, vf* y, const float* state, float* next, int64_t stride,
+static void advance_states(const vf* dt, vf* x, vf* y, vf skip, const float* state, float* next, int64_t stride,
                            const float* A2, int64_t stride_a, const Coefficients& B, const Coefficients& C, int64_t n,
                            const Steps& steps, int width, bool bounded) {
-  vf h[NS], a2[NS];
+  vf h[NS], a2[NS], decay[NS][ROOM];
   for (int i = 0; i < NS; ++i) {
     h[i] = load_part(state + (n + i) * stride, width);
-    a2[i] = load_part(A2 + (n + i) * stride_a, width);
+    a2[i] = load(A2 + (n + i) * stride_a);
   }
-  if (bounded) advance<NS, true>(dt, x, y, h, a2, B, C, n, steps);
-  else advance<NS, false>(dt, x, y, h, a2, B, C, n, steps);
+  decays<NS>(decay, dt, a2, bounded, steps.count);
+  if (n == 0) advance<NS, true>(decay, dt, x, y, skip, h, B.at(0, n), C.at(0, n), B.states, steps);
+  else advance<NS, false>(decay, dt, x, y, skip, h, B.at(0, n), C.at(0, n), B.states, steps);
   for (int i = 0; i < NS; ++i) store_part(next + (n + i) * stride, h[i], width);
 }
 
 template <class Coefficients>
 static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int64_t d1) {
-  const int64_t chunks = (s.steps + CHUNK - 1) / CHUNK, plane = s.states * s.channels, slice = d1 - d0;
+  const int64_t chunks = (s.steps + CHUNK - 1) / CHUNK, plane = s.states * s.channels, slice = whole_vectors(d1 - d0);
   const int64_t bk = ib * s.routes + ik;
   const std::vector<float> A2 = channels_last(s.A + ik * plane, d0, d1, s.states, LOG2E);
   float steepest = 0.f;
@@ -63,7 +60,7 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
   float* const out = s.y.at(ib, s.merge ? 0 : ik);
   Coefficients B(s.B, s, ib, ik), C(s.C, s, ib, ik);
   Delta delta(s, ib, ik, d0, d1);
-  vf dt[CHUNK], x[CHUNK], y[CHUNK];
+  vf dts[2 * ROOM] = {}, xs[2 * ROOM], ys[2 * ROOM], e[ROOM];
 
   for (int64_t n = 0; n < s.states; ++n)
     for (int64_t d = d0; d < d1; ++d)
@@ -76,28 +73,26 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
     B.next_chunk();
     C.next_chunk();
     delta.next_chunk(steps);
-    for (int64_t d = d0; d < d1; d += LANES) {
-      const int width = int(std::min<int64_t>(LANES, d1 - d));
-      load_tile(x, u + d * s.u.c, s.u.c, s.u.l, steps, width);
-      delta.load(dt, steps, d, width);
-      const vf skip = s.D ? load_part(s.D + ik * s.channels + d, width) : vf{};
-      vf largest{};
-      if (s.softplus) softplus_tile(dt, steps.count);
-      for (int t = 0; t < steps.count; ++t) {
-        largest = vmax(largest, vmax(dt[t], -dt[t]));
-        y[t] = skip * x[t];
-        x[t] *= dt[t];
+    for (int64_t block = d0; block < d1; block += 2 * LANES) {
+      const int64_t end = std::min(d1, block + 2 * LANES);
+      load_tile(xs, u + block * s.u.c, s.u.c, s.u.l, steps, int(end - block));
+      delta.load(dts, steps, block, int(end - block));
+      vf *dt = dts, *x = xs, *y = ys;
+      for (int64_t d = block; d < end; d += LANES, dt += ROOM, x += ROOM, y += ROOM) {
+        const int width = int(std::min<int64_t>(LANES, end - d));
+        const vf skip = s.D ? load_part(s.D + ik * s.channels + d, width) : vf{};
+        if (s.softplus) softplus_tile(dt, e, steps.count);
+        const bool bounded = largest_magnitude(dt, steps.count) * steepest <= 126.f;  // false if NaN
+        B.load(steps, d, width);
+        C.load(steps, d, width);
+        const float* a2 = &A2[size_t(d - d0)];
+        int64_t n = 0;
+        for (; n + STATES <= s.states; n += STATES)
+          advance_states<STATES>(dt, x, y, skip, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
+        for (; n < s.states; ++n)
+          advance_states<1>(dt, x, y, skip, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
       }
-      const bool bounded = hmax(largest) * steepest <= 126.f;  // false if NaN
-      B.load(steps, d, width);
-      C.load(steps, d, width);
-      const float* a2 = &A2[size_t(d - d0)];
-      int64_t n = 0;
-      for (; n + TOGETHER <= s.states; n += TOGETHER)
-        advance_states<TOGETHER>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
-      for (; n < s.states; ++n)
-        advance_states<1>(dt, x, y, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
-      store_tile(y, out + d * s.y.c, s.y.c, s.y.l, steps, width, s.merge && ik > 0);
+      store_tile(ys, out + block * s.y.c, s.y.c, s.y.l, steps, int(end - block), s.merge && ik > 0);
     }
   }
 }

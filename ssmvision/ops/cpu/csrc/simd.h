@@ -46,59 +46,74 @@ static inline float hsum(vf v) {
   return s;
 }
 
-// 2^f for f in [-1/2, 1/2], relative error 1e-7; the constant term is exactly 1, so that a decay of 2^0 never drifts
-// over thousands of steps.
-static inline vf exp2_fraction(vf f) {
-  vf p = splat(0.00132647273f);
-  p = p * f + splat(0.00967151299f);
-  p = p * f + splat(0.0555073358f);
-  p = p * f + splat(0.240222424f);
-  p = p * f + splat(0.693147004f);
-  return p * f + splat(1.f);
-}
-
 // Adding 1.5 * 2^23 rounds a number to an integer and leaves that integer in the low bits of the mantissa.
 constexpr float ROUNDER = 12582912.f;
-static inline vf scale_exponent(vf p, vf rounded) { return (vf)((vi)p + ((vi)rounded << 23)); }
 
-// 2^x for any x. Far below 2^-126 the result is a positive number under 1e-37; NaN stays NaN.
-static inline vf exp2v(vf x) {
-  x = vmax(splat(-126.f), vmin(splat(127.f), x));  // constants first: NaN passes through
-  const vf rounded = x + splat(ROUNDER);
-  return scale_exponent(exp2_fraction(x - (rounded - splat(ROUNDER))), rounded);
-}
-
-// out[i] = 2^(a b[i]) where |a b[i]| <= 126 is known: no comparisons, and the product is never rounded. The N chains
-// advance in lockstep: a core's floating-point scheduler is too short to overlap whole chains one after the other.
+// out[i] = 2^(a[i] b[i]) where |a[i] b[i]| <= 126 is known: no comparisons, and the product is never rounded.
+// The polynomial is 2^f on [-1/2, 1/2] to a relative error of 1e-7; its constant term is exactly 1, so that a decay of
+// 2^0 never drifts over thousands of steps. The N chains advance in lockstep: a core's floating-point scheduler is too
+// short to overlap whole chains one after the other, and four to five of them fill its pipes. Always inlined, so that
+// the arrays are registers.
 template <int N>
-static inline void exp2_products(vf* out, vf a, const vf* b) {
+[[gnu::always_inline]] static inline void exp2_products(vf* out, const vf* a, const vf* b) {
   vf rounded[N], f[N], p[N];
-  for (int i = 0; i < N; ++i) rounded[i] = a * b[i] + splat(ROUNDER);
-  for (int i = 0; i < N; ++i) f[i] = a * b[i] - (rounded[i] - splat(ROUNDER));
+  for (int i = 0; i < N; ++i) rounded[i] = a[i] * b[i] + splat(ROUNDER);
+  for (int i = 0; i < N; ++i) f[i] = a[i] * b[i] - (rounded[i] - splat(ROUNDER));
   for (int i = 0; i < N; ++i) p[i] = splat(0.00132647273f) * f[i] + splat(0.00967151299f);
   for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(0.0555073358f);
   for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(0.240222424f);
   for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(0.693147004f);
   for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(1.f);
-  for (int i = 0; i < N; ++i) out[i] = scale_exponent(p[i], rounded[i]);
+  for (int i = 0; i < N; ++i) out[i] = (vf)((vi)p[i] + ((vi)rounded[i] << 23));
 }
 
-// log(1 + e) for e in [0, 1], as 2 atanh(e / (2 + e)): no cancellation for small e.
-static inline vf log1pv(vf e) {
-  const vf s = e / (e + splat(2.f));
-  const vf w = s * s;
-  vf p = splat(0.140891656f);
-  p = p * w + splat(0.139803022f);
-  p = p * w + splat(0.200124547f);
-  p = p * w + splat(0.333331585f);
-  p = p * w + splat(1.f);
-  return (s + s) * p;
+// 2^x for any x. Far below 2^-126 the result is a positive number under 1e-37; NaN stays NaN.
+static inline vf exp2v(vf x) {
+  x = vmax(splat(-126.f), vmin(splat(127.f), x));  // constants first: NaN passes through
+  const vf one = splat(1.f);
+  exp2_products<1>(&x, &x, &one);
+  return x;
 }
 
-static inline vf exp_neg_abs(vf x) { return exp2v(vmin(-x, x) * splat(1.44269504f)); }
-static inline vf sigmoid(vf x) {
-  const vf e = exp_neg_abs(x), one = splat(1.f);
+constexpr float LOG2E = 1.44269504088896341f;
+
+// e[i] = exp(-|x[i]|)
+template <int N>
+[[gnu::always_inline]] static inline void exp_neg_abs(vf* e, const vf* x) {
+  vf magnitude[N], log2e[N];
+  for (int i = 0; i < N; ++i) {
+    magnitude[i] = vmax(splat(-87.f), (vf)((vi)x[i] | INT32_MIN));  // the constant first: NaN passes through
+    log2e[i] = splat(LOG2E);
+  }
+  exp2_products<N>(e, magnitude, log2e);
+}
+
+// log(1 + exp(x[i])) as max(x, 0) + log(1 + e) with e = exp(-|x|), which is left in e. log(1 + e) / e on [0, 1] is a
+// polynomial of relative error 3e-8: small steps keep their precision, and there is no division.
+template <int N>
+[[gnu::always_inline]] static inline void softplus(vf* out, vf* e, const vf* x) {
+  vf p[N];
+  exp_neg_abs<N>(e, x);
+  for (int i = 0; i < N; ++i) p[i] = splat(0.00523269f) * e[i] - splat(0.02950524f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * e[i] + splat(0.07822595f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * e[i] - splat(0.13663246f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * e[i] + splat(0.19106007f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * e[i] - splat(0.24842982f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * e[i] + splat(0.33319097f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * e[i] - splat(0.49999493f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * e[i] + splat(0.99999997f);
+  for (int i = 0; i < N; ++i) out[i] = p[i] * e[i] + vmax(splat(0.f), x[i]);
+}
+
+// 1 / (1 + exp(-x)) from e = exp(-|x|).
+static inline vf sigmoid(vf x, vf e) {
+  const vf one = splat(1.f);
   return (x >= 0.f ? one : e) / (one + e);
+}
+static inline vf sigmoid(vf x) {
+  vf e;
+  exp_neg_abs<1>(&e, &x);
+  return sigmoid(x, e);
 }
 
 // Rows r[i][j] become r[j][i]: log2(LANES) rounds of pairing row i with row i + LANES/2.

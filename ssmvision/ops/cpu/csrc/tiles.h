@@ -25,8 +25,8 @@ struct Steps {
   }
 };
 
-// tile[t] = channels d .. d + width of token t; lanes past `width` are zero.
-inline void load_tile(vf* tile, const float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width) {
+// load_tile for one vector of channels.
+inline void load_lanes(vf* tile, const float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width) {
   if (stride_c == 1 && width == LANES) {
     for (int t = 0; t < s.count; ++t) tile[t] = load(p + s.token[t] * stride_l);
     return;
@@ -44,7 +44,7 @@ inline void load_tile(vf* tile, const float* p, int64_t stride_c, int64_t stride
   }
 }
 
-inline void store_tile(const vf* tile, float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width, bool add) {
+inline void store_lanes(const vf* tile, float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width, bool add) {
   if (stride_c == 1 && width == LANES) {
     for (int t = 0; t < s.count; ++t) {
       float* q = p + s.token[t] * stride_l;
@@ -69,6 +69,39 @@ inline void store_tile(const vf* tile, float* p, int64_t stride_c, int64_t strid
       float& q = p[i * stride_c + s.token[t] * stride_l];
       q = add ? q + tile[t][i] : tile[t][i];
     }
+}
+
+// Steps that go through long chains of arithmetic in lockstep, and the room that a whole number of such blocks takes: what
+// stands past the last step of a chunk may be computed with, and is not used.
+constexpr int LOCKSTEP = 5, ROOM = (CHUNK + LOCKSTEP - 1) / LOCKSTEP * LOCKSTEP;
+
+// A tile holds `width` channels of a chunk's tokens, in vectors: tile[v * ROOM + t] = channels v * LANES ... of token t;
+// lanes past `width` are zero. Two vectors of adjacent channels go together, as they share a cache line.
+inline void load_tile(vf* tile, const float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width) {
+  if (stride_c == 1 && width == 2 * LANES) {
+    for (int t = 0; t < s.count; ++t) {
+      const float* q = p + s.token[t] * stride_l;
+      __builtin_prefetch(q + 2 * LANES, 0, 2);
+      tile[t] = load(q);
+      tile[ROOM + t] = load(q + LANES);
+    }
+    return;
+  }
+  for (int c = 0; c < width; c += LANES, tile += ROOM)
+    load_lanes(tile, p + c * stride_c, stride_c, stride_l, s, std::min(LANES, width - c));
+}
+
+inline void store_tile(const vf* tile, float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width, bool add) {
+  if (stride_c == 1 && width == 2 * LANES) {
+    for (int t = 0; t < s.count; ++t) {
+      float* q = p + s.token[t] * stride_l;
+      store(q, add ? load(q) + tile[t] : tile[t]);
+      store(q + LANES, add ? load(q + LANES) + tile[ROOM + t] : tile[ROOM + t]);
+    }
+    return;
+  }
+  for (int c = 0; c < width; c += LANES, tile += ROOM)
+    store_lanes(tile, p + c * stride_c, stride_c, stride_l, s, std::min(LANES, width - c), add);
 }
 
 // One token's channels, at any distance from each other.

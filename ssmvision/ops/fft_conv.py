@@ -1,0 +1,58 @@
+"""`fft_conv`, the long convolution that a time-invariant state-space layer is when its kernel is known."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._library import cast, expect, expect_real
+
+
+def fft_conv(u: Tensor, kernel: Tensor, D: Optional[Tensor] = None, backward_kernel: Optional[Tensor] = None) -> Tensor:
+    """Causal depthwise convolution with kernels as long as the sequence (S4, arXiv:2111.00396, section 3.4), by FFT.
+
+        y_t = sum_j kernel_j u_{t-j} + sum_j backward_kernel_j u_{t+1+j} + D u_t
+
+    Args:
+        u: Tokens (b, d, l), real.
+        kernel: (d, j), or (c, d, j) for c outputs per channel; steps beyond l have no effect.
+        D: Skip connection, (d,) or (c, d).
+        backward_kernel: For a bidirectional layer, as `kernel`: its first step weighs the next token.
+
+    Returns:
+        (b, d, l) or (b, c, d, l), in u's dtype. The transforms run in float32 (float64 if u is), also under autocast.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
+    """
+    expect_real("fft_conv", {"u": u, "kernel": kernel, "D": D, "backward_kernel": backward_kernel})
+    if u.dim() != 3:
+        raise RuntimeError(f"fft_conv: u has shape {tuple(u.shape)}, expected (b, d, l)")
+    outputs, d = tuple(kernel.shape[:-2]), u.shape[1]
+    for name, x in (("kernel", kernel), ("backward_kernel", backward_kernel)):
+        if x is not None:
+            expect("fft_conv", name, x, (*outputs[:1], d, x.shape[-1]))
+    if D is not None:
+        expect("fft_conv", "D", D, (*outputs, d))
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    x = cast(u, real).unsqueeze(1) if outputs else cast(u, real)
+    y = _convolve(x, cast(kernel, real), cast(backward_kernel, real))
+    return cast(y if D is None else y + cast(D, real).unsqueeze(-1) * x, u.dtype)
+
+
+def _convolve(x: Tensor, kernel: Tensor, backward_kernel: Optional[Tensor]) -> Tensor:
+    """On a circle long enough that neither kernel reaches around it into the tokens."""
+    if not x.numel():  # which transforms refuse
+        return x.expand(x.shape[0], *kernel.shape[:-1], x.shape[-1])
+    length = x.shape[-1]
+    kernel = kernel[..., :length]
+    if backward_kernel is None:
+        circle = length + kernel.shape[-1]
+        spectrum = torch.fft.rfft(kernel, circle)
+    else:
+        backward_kernel = backward_kernel[..., :length]
+        circle = length + max(kernel.shape[-1], backward_kernel.shape[-1])
+        before = F.pad(backward_kernel.flip(-1), (circle - backward_kernel.shape[-1], 0))
+        spectrum = torch.fft.rfft(F.pad(kernel, (0, circle - kernel.shape[-1])) + before)
+    return torch.fft.irfft(torch.fft.rfft(x, circle) * spectrum, circle)[..., :length]
