@@ -1,7 +1,7 @@
 """Which code runs an operator: decided once per call, visible, and never a silent fall to a slow path."""
 
 import functools
-import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -39,6 +39,11 @@ def _module(backend: str, operator: str) -> ModuleType:
     return importlib.import_module(f".{backend}.{operator}", __package__)
 
 
+@functools.cache
+def _has(backend: str, operator: str) -> bool:
+    return importlib.util.find_spec(f".{backend}.{operator}", __package__) is not None
+
+
 def _resolve(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
     name = requested if requested != "auto" else os.environ.get("SSMVISION_BACKEND", "auto")
     if name not in BACKENDS:
@@ -51,13 +56,15 @@ def _resolve(operator: str, requested: str, device: torch.device, dtype: torch.d
         raise ValueError(f"backend {name!r} cannot run tensors on {device}")
     if dtype in (torch.float64, torch.complex128):
         raise ValueError(f"backend {name!r} computes in float32; use backend='reference' for float64")
+    if not _has(name, operator):
+        raise ValueError(f"backend {name!r} has no {operator} yet")
     _LOADERS[name]()
     return name
 
 
 def _automatic(operator: str, device: str, dtype: torch.dtype) -> str:
     name = _FASTEST.get(device)
-    reason = _obstacle(name) if name else f"there is none for {device} tensors"
+    reason = _obstacle(name, operator) if name else f"there is none for {device} tensors"
     if dtype in (torch.float64, torch.complex128):
         reason = "it computes in float32 and the tensors are float64"
     if name is not None and reason is None:
@@ -68,8 +75,10 @@ def _automatic(operator: str, device: str, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _obstacle(backend: str) -> str | None:
-    """Why a fast backend cannot run, or None if it can."""
+def _obstacle(backend: str, operator: str) -> str | None:
+    """Why a fast backend cannot run an operator, or None if it can."""
+    if not _has(backend, operator):
+        return f"the {backend} backend has no {operator} yet"
     try:
         _LOADERS[backend]()
     except (cpu.NativeBuildError, triton.TritonUnavailableError) as error:
@@ -93,7 +102,7 @@ def backend_info() -> dict[str, Any]:
     """
     info: dict[str, Any] = {"override": os.environ.get("SSMVISION_BACKEND")}
     for device, fast in _FASTEST.items():
-        obstacle = _obstacle(fast)
+        obstacle = _obstacle(fast, "selective_scan")
         detail = obstacle or (cpu.instruction_set() if device == "cpu" else "")
         info[device] = {"backend": "reference" if obstacle else fast, "detail": detail}
     return info

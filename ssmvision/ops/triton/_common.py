@@ -104,7 +104,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def strides(name: str, x: Tensor | None, *axes: str) -> dict[str, int]:
-    """Launch arguments `<name>_<axis>`: the strides of the leading dimensions of `x`, 0 where it repeats or is absent."""
+    """Launch arguments `<name>_<axis>`: strides of the leading dimensions of `x`, 0 if it repeats or is absent."""
     if x is None:
         return {f"{name}_{axis}": 0 for axis in axes}
     return {f"{name}_{axis}": 0 if x.shape[i] == 1 else x.stride(i) for i, axis in enumerate(axes)}
