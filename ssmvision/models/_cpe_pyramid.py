@@ -1,6 +1,5 @@
 """What MLLA, VSSD and Spatial-Mamba share beyond `Pyramid`: the frame around their mixers, and its official keys."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Dict, Sequence, Union
 
@@ -8,7 +7,7 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ssmvision.layers.cpe_block import CPEBlock, InvertedDownsample, ResidualStem
-from ssmvision.models._official import OfficialModel, as_is, nhwc, pyramid_taps, stage_key
+from ssmvision.models._official import OfficialModel, as_is, nhwc, pyramid_taps, rename, stage_key
 from ssmvision.models._pyramid import Pyramid, Stage
 
 
@@ -85,12 +84,8 @@ def convert_keys(state_dict: Mapping[str, Tensor], renames: Mapping[str, str]) -
     """
     if any(key.startswith("stages.") for key in state_dict):
         return dict(state_dict)
-    converted = {}
-    for key, value in state_dict.items():
-        for pattern, replacement in {**_RENAMES, **renames}.items():
-            key = re.sub(pattern, replacement, key)
-        converted[stage_key(key)] = value
-    return converted
+    every = [*_RENAMES.items(), *renames.items()]
+    return {stage_key(rename(key, every)): value for key, value in state_dict.items()}
 
 
 def official_model(model: nn.Module, stages: int, as_tokens: bool) -> OfficialModel:

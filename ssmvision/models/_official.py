@@ -1,7 +1,7 @@
 """How a family answers `tools/verify.py`: from the official constructor arguments to our model, and where to look."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,13 @@ class OfficialModel:
 def block_taps(name: str) -> list[Tap]:
     """Of a token block: the official ones return the mixer's output and the residual that it was computed from."""
     return [Tap(f"{name}.mixer"), Tap(name, lambda inputs, output: inputs[0])]
+
+
+def rename(key: str, renames: Iterable[tuple[str, Any]]) -> str:
+    """An official key with every (pattern, replacement) applied in turn, as `re.sub` takes them."""
+    for pattern, replacement in renames:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def stage_key(key: str) -> str:

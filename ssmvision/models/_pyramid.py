@@ -3,10 +3,12 @@
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype, trunc_normal_
+from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from ssmvision.models._init import init_linear, reset_parameters
 
 # Ends of the names of parameters that describe a recurrence; decaying them would change its time scale.
 _RECURRENCE = ("A_log", "A_logs", "D", "Ds", "dt_projs_bias", "dt_bias")
@@ -89,8 +91,8 @@ class Pyramid(nn.Module):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialize; with `needs_reset` also what layers initialize themselves (after `to_empty`)."""
         if needs_reset:
-            named_apply(_reset_parameters, self)
-        named_apply(_init_linear, self)
+            named_apply(reset_parameters, self)
+        named_apply(init_linear, self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -180,15 +182,3 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def _init_linear(module: nn.Module, name: str = "") -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _reset_parameters(module: nn.Module, name: str = "") -> None:
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()

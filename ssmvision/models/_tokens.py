@@ -20,6 +20,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ssmvision.layers.pos_embed import resize_pos_embed
+from ssmvision.models._init import init_linear, reset_parameters
 
 
 class TokenBlock(nn.Module):
@@ -114,7 +115,7 @@ class TokenModel(nn.Module):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialize; with `needs_reset` also what layers initialize themselves (after `to_empty`)."""
         if needs_reset:
-            named_apply(_reset_parameters, self)
+            named_apply(reset_parameters, self)
         proj: Any = self.patch_embed.proj
         lecun_normal_(proj.weight)
         nn.init.zeros_(proj.bias)
@@ -126,7 +127,7 @@ class TokenModel(nn.Module):
             for mixer in mixers:
                 nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
                 mixer.out_proj.weight /= math.sqrt(len(mixers))
-        _init_head(self.head)
+        init_linear(self.head)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -155,7 +156,7 @@ class TokenModel(nn.Module):
         dd = get_device_dtype(self)
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
-        _init_head(self.head)
+        init_linear(self.head)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
@@ -287,17 +288,6 @@ class TokenModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def _init_head(head: nn.Module) -> None:
-    if isinstance(head, nn.Linear):
-        trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-
-
-def _reset_parameters(module: nn.Module, name: str = "") -> None:
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
 
 
 def fit_pos_embed(state_dict: Dict[str, Tensor], model: Any) -> Dict[str, Tensor]:

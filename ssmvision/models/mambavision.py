@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ssmvision.layers import MambaVisionMixer
 from ssmvision.models._builder import Published, build_model, weights_cfg
-from ssmvision.models._official import OfficialModel, Tap
+from ssmvision.models._official import OfficialModel, Tap, refuse_unpublished, rename
 from ssmvision.models._pyramid import Pyramid, Stage
 
 __all__ = ["MambaVision"]
@@ -253,23 +253,16 @@ _RENAMES = (
 )
 
 
-def _renamed(key: str) -> str:
-    for pattern, replacement in _RENAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Official keys, also those of the Hub's transformers files → ours; ours pass unchanged."""
     if any(key.startswith("stages.") for key in state_dict):
         return state_dict
-    return {_renamed(key): value for key, value in state_dict.items()}
+    return {rename(key, _RENAMES): value for key, value in state_dict.items()}
 
 
 def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `MambaVision`."""
-    if kwargs.get("qk_scale") is not None:
-        raise ValueError(f"MambaVision with qk_scale={kwargs['qk_scale']!r} was never published and is not built here")
+    refuse_unpublished("MambaVision", kwargs, {"qk_scale": (None,)})
     model = MambaVision(
         in_chans=kwargs.get("in_chans", 3),
         num_classes=kwargs.get("num_classes", 1000),
@@ -289,7 +282,7 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         stage = re.fullmatch(r"levels\.(\d+)", name)
         if stage and int(stage[1]) < last:  # an official stage ends with the downsampling that begins ours
             name += ".downsample.reduction.0"
-        return [Tap(_renamed(f"{name}.").removesuffix("."))]
+        return [Tap(rename(f"{name}.", _RENAMES).removesuffix("."))]
 
     return OfficialModel(model, taps)
 

@@ -4,7 +4,6 @@ Paper: `VMamba: Visual State Space Model` - https://arxiv.org/abs/2401.10166
 Official code and weights (MIT): https://github.com/MzeroMiko/VMamba
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Dict, Optional, Sequence, Type, Union
@@ -33,6 +32,7 @@ from ssmvision.models._official import (
     nhwc,
     pyramid_taps,
     refuse_unpublished,
+    rename,
     stage_key,
 )
 from ssmvision.models._pyramid import Pyramid, Stage
@@ -230,9 +230,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     target = model.state_dict()
     for key, value in state_dict.items():
         key = key.removeprefix("backbone.")
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        key = stage_key(key)
+        key = stage_key(rename(key, _RENAMES))
         if value.ndim == 4 and key in target and target[key].ndim == 2:  # linear layers stored as 1 x 1 convolutions
             value = value.flatten(1)
         converted[key] = value
