@@ -1,4 +1,4 @@
-"""`create_model`, `list_models` and `is_model`: timm's registry limited to our names, with errors that help."""
+"""`create_model`, `list_models` and `is_model`: timm's registry limited to our names, and the networks beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, model_entrypoin
 from torch import nn
 
 import ssmvision.models as _families  # registers our models with timm
+import ssmvision.segmentation  # noqa: F401 - registers what timm's registry cannot hold
 from ssmvision.models._builder import load_weights
+from ssmvision.models._networks import create_network, is_network, list_networks
 
 __all__ = ["create_model", "is_model", "list_models"]
 
@@ -21,6 +23,8 @@ _PACKAGE = f"{_families.__name__}."
 
 def is_model(model_name: str) -> bool:
     """Whether a name, with or without a tag, is one of our architectures."""
+    if is_network(model_name):
+        return True
     return timm.is_model(model_name) and model_entrypoint(model_name).__module__.startswith(_PACKAGE)
 
 
@@ -34,16 +38,26 @@ def list_models(
 ) -> list[str]:
     """List our models; the arguments are those of `timm.list_models`.
 
+    What timm's registry cannot hold (segmenters, networks for volumes, predictors of video) is listed as well, but not
+    with `pretrained` or `name_matches_cfg`, since none of it has weights that a program can download.
+
     Args:
         filter: wildcards of names to list.
-        module: names of families (modules in `ssmvision.models`).
+        module: names of families (modules in `ssmvision.models` and `ssmvision.segmentation`).
         pretrained: only those that have weights.
         exclude_filters: wildcards of names to leave out.
         name_matches_cfg: only names that have a cfg of their own.
         include_tags: list `arch.tag`; by default only together with `pretrained`.
     """
     names = timm.list_models(filter, module, pretrained, exclude_filters, name_matches_cfg, include_tags)
-    return [name for name in names if is_model(name)]
+    names = [name for name in names if is_model(name)]
+    if pretrained or name_matches_cfg:
+        return names
+    return names + list_networks(_several(filter), _several(module), _several(exclude_filters))
+
+
+def _several(names: str | Iterable[str]) -> list[str]:
+    return [name for name in ([names] if isinstance(names, str) else names) if name]
 
 
 def create_model(
@@ -60,6 +74,9 @@ def create_model(
 ) -> nn.Module:
     """Create a model by name; names that are timm's alone are passed on to it.
 
+    Networks that timm's registry cannot hold take `in_chans` and `num_classes` as well, for what MONAI calls
+    `in_channels` and `out_channels`; of the other arguments below only `checkpoint_path` concerns them.
+
     Args:
         model_name: `arch`, `arch.tag`, `hf-hub:owner/name` or `local-dir:/path`.
         pretrained: load the weights of the tag.
@@ -72,6 +89,11 @@ def create_model(
         no_jit: timm's layer setting against scripted layers.
         **kwargs: arguments of the model, such as `num_classes`, `in_chans`, `features_only`, `device`.
     """
+    if is_network(model_name):
+        network = create_network(model_name, pretrained, **kwargs)
+        if checkpoint_path:
+            load_weights(network, checkpoint_path)
+        return network
     source, name = parse_model_name(model_name)
     if source is None:
         _check_name(name)

@@ -34,7 +34,7 @@ def _render(name: str) -> str:
 
 
 def _of_family(name: str) -> dict[str, Published]:
-    return getattr(sys.modules[model_entrypoint(name).__module__], "PUBLISHED", {})
+    return getattr(sys.modules[model_entrypoint(name).__module__], "PUBLISHED", {}) if timm.is_model(name) else {}
 
 
 def _published(name: str) -> Published:

@@ -181,7 +181,7 @@ def convert_state_dict(
         source: what to call the weights in errors.
     """
     module = type(model).__module__
-    if filter_fn is None and module.startswith("ssmvision.models."):
+    if filter_fn is None and module.startswith("ssmvision."):
         filter_fn = getattr(sys.modules[module], "checkpoint_filter_fn", None)
     if filter_fn is None:
         return state_dict

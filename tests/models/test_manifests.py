@@ -42,7 +42,8 @@ def _published(name: str) -> Any:
     return sys.modules[timm.models.model_entrypoint(name).__module__].PUBLISHED.get(name)
 
 
-CFGS = {name: timm.get_pretrained_cfg(name) for name in ssmvision.list_models(include_tags=True) if _published(name)}
+NAMES = [name for name in ssmvision.list_models(include_tags=True) if timm.is_model(name)]
+CFGS = {name: timm.get_pretrained_cfg(name) for name in NAMES if _published(name)}
 MANIFEST_NAMES = sorted(path.stem for path in MANIFESTS.glob("*.json"))
 WEIGHTS = [(name, manifest) for manifest in MANIFEST_NAMES for name in _names(manifest)]
 

@@ -1,0 +1,32 @@
+"""Proof of a conversion: our code with official weights against what the official code computed.
+
+A case is a folder:
+
+    ckpt.safetensors   weights under the official key names, where there are any
+    io.safetensors     input[.N], output[.N], feat.N[.M], grad_input, grad.<official key>, and what else a family has
+    meta.json          family, official_class, kwargs (of the official constructor), tolerance {rtol, atol},
+                       grad_tolerance {rtol, atol_rel_to_max}, output_absmax (features larger than the output are
+                       allowed proportionally more), feats (official module names, in the order of feat.N)
+
+Gradients of networks are those of the sum over outputs of output.pow(2).mean(), in eval mode.
+"""
+
+from pathlib import Path
+
+from ssmvision.engine.verify.case import read_case
+from ssmvision.engine.verify.compare import Verification
+from ssmvision.engine.verify.networks import verify_network
+
+__all__ = ["Verification", "verify_case"]
+
+
+def verify_case(folder: Path) -> Verification:
+    """Build ours from the official arguments, load the weights strictly and compare everything.
+
+    Args:
+        folder: The case.
+
+    Raises:
+        UserError: The folder is not a case, or its family is not one of ours.
+    """
+    return verify_network(read_case(folder))

@@ -1,0 +1,86 @@
+"""How far found tensors are from those of the official code, as fractions of what a case allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Verification", "compare"]
+
+KINDS = ("output", "feature", "gradient")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The worst errors of one case, as fractions of what its tolerances allow: above 1 is a failure.
+
+    Args:
+        name: Name of the case.
+        worst: For "output", "feature" and "gradient": (fraction, tensor it was seen in).
+        problem: Why nothing could be compared, or what is missing; empty if all was compared.
+    """
+
+    name: str
+    worst: dict[str, tuple[float, str]]
+    problem: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was compared and lies within the tolerances."""
+        return not self.problem and all(fraction <= 1 for fraction, _ in self.worst.values())
+
+    def __str__(self) -> str:
+        """`NAME ok|FAIL` with the worst error of each kind."""
+        errors = "  ".join(
+            f"{kind} {fraction:.3f} of tolerance ({name})" for kind, (fraction, name) in self.worst.items()
+        )
+        return "  ".join(part for part in (f"{self.name} {'ok' if self.ok else 'FAIL'}", errors, self.problem) if part)
+
+
+def compare(
+    name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> Verification:
+    """Compare tensors by name.
+
+    Args:
+        name: Of the case.
+        found: Ours; "output...", "feat..." and "grad..." tell what a tensor is.
+        wanted: The official ones; NaN marks entries of which nothing is known.
+        meta: The case's `tolerance`, `grad_tolerance` and `output_absmax`.
+    """
+    worst: dict[str, tuple[float, str]] = {}
+    loss = sum(want.pow(2).mean().item() for key, want in wanted.items() if key.partition(".")[0] == "output")
+    for key, want in wanted.items():
+        if key not in found:
+            return Verification(name, worst, f"our model does not give {key}")
+        if found[key].shape != want.shape:
+            return Verification(name, worst, f"{key} is {tuple(found[key].shape)}, expected {tuple(want.shape)}")
+        kind = "gradient" if key.startswith("grad") else "feature" if key.startswith("feat") else "output"
+        fraction = _fraction(found[key], want, _tolerance(kind, want, meta, loss))
+        worst[kind] = max(worst.get(kind, (-1.0, "")), (fraction, key))
+    return Verification(name, {kind: worst[kind] for kind in KINDS if kind in worst})
+
+
+def _tolerance(kind: str, want: Tensor, meta: Mapping[str, Any], loss: float) -> tuple[float, float]:
+    if kind != "gradient":
+        # The absolute tolerance was derived from the output's magnitude. Features may be a hundred times larger, and
+        # there the official float32 tensors themselves miss a float64 run by several times the unscaled tolerance.
+        scale = want.abs().max().item() / meta.get("output_absmax", torch.inf) if kind == "feature" else 1.0
+        return meta["tolerance"]["rtol"], meta["tolerance"]["atol"] * max(1.0, scale)
+    allowed = meta.get("grad_tolerance", {"rtol": 1e-3, "atol_rel_to_max": 1e-4})
+    largest = want.nan_to_num().abs().max().item()
+    # float32 knows the loss to eps, and its derivatives no better: what vanishes by cancellation is mere rounding.
+    return allowed["rtol"], max(allowed["atol_rel_to_max"] * largest, torch.finfo(torch.float32).eps * loss)
+
+
+def _fraction(found: Tensor, want: Tensor, tolerance: tuple[float, float]) -> float:
+    rtol, atol = tolerance
+    known = ~want.isnan()
+    if not found.isfinite().all():
+        return float("inf")
+    error = (found.double() - want.double()).abs()[known]
+    return (error / (atol + rtol * want.double().abs()[known])).max().item()

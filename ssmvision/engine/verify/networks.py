@@ -1,0 +1,130 @@
+"""Whole networks against the official ones: outputs, features and gradients."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ssmvision.models
+import ssmvision.segmentation
+from ssmvision.data import UserError
+from ssmvision.engine.verify.case import Case
+from ssmvision.engine.verify.compare import Verification, compare
+from ssmvision.hub import CheckpointError, compare_keys
+
+__all__ = ["verify_network"]
+
+# Families that live in the file of another, as cases spell them.
+_BESIDE: dict[str, str] = {}
+
+
+def verify_network(case: Case) -> Verification:
+    """Build our network from the official arguments, load the weights strictly and compare everything.
+
+    Raises:
+        UserError: The case's family is not one of ours.
+    """
+    family = _family(case)
+    try:
+        official = family.from_official(case.meta.get("official_class") or "", case.meta["kwargs"])
+        model = official.model.eval()
+        inner = getattr(model, "model", model)  # features_only wrappers hold the network
+        converted = family.checkpoint_filter_fn(case.weights, inner)
+        report = compare_keys(converted, inner.state_dict())
+        if not report.ok:
+            return Verification(case.name, {}, f"the weights do not fit: {report.summary()}")
+        inner.load_state_dict(converted)
+    except (ValueError, KeyError, CheckpointError) as error:
+        return Verification(case.name, {}, f"cannot be built: {error}")
+    expected = case.tensors
+    found = _run(official, case.meta.get("feats", []), expected)
+    wanted = {key: value for key, value in expected.items() if key.startswith(("output", "feat."))}
+    inputs = found.pop("inputs")
+    found |= _gradients(inner, found.pop("loss"), inputs)
+    found |= _variants(official, inputs, expected)
+    wanted |= _expected_gradients(family, inner, case.weights, expected)
+    return compare(case.name, found, wanted, case.meta)
+
+
+def _family(case: Case) -> Any:
+    family = _BESIDE.get(case.family, case.family)
+    if family not in _modules():
+        raise UserError(f"there is no family {case.meta['family']!r} in ssmvision.models or ssmvision.segmentation")
+    return importlib.import_module(_modules()[family])
+
+
+@cache
+def _modules() -> dict[str, str]:
+    """The modules of our families by their names without underscores."""
+    packages = (ssmvision.models, ssmvision.segmentation)
+    return {
+        found.name.replace("_", ""): f"{package.__name__}.{found.name}"
+        for package in packages
+        for found in pkgutil.iter_modules(package.__path__)
+        if not found.name.startswith("_")
+    }
+
+
+def _run(official: Any, features: list[str], expected: dict[str, Tensor]) -> dict[str, Any]:
+    """Outputs and features under the names of the case, and what the gradients need."""
+    model: nn.Module = official.model
+    found: dict[str, Any] = {}
+    for index, feature in enumerate(features):
+        if f"feat.{index}" not in expected:
+            continue
+        for part, tap in enumerate(official.taps(feature)):
+            key = f"feat.{index}.{part}" if part else f"feat.{index}"
+
+            def hook(_: nn.Module, inputs: Any, output: Any, key: str = key, tap: Any = tap) -> None:
+                found[key] = tap.read(inputs, output).detach()
+
+            model.get_submodule(tap.module).register_forward_hook(hook)
+    inputs = [expected[key].requires_grad_() for key in _numbered("input", expected)]
+    result = model(*inputs, *(expected[name] for name in official.inputs if name in expected))
+    outputs = list(result) if isinstance(result, (list, tuple)) else [result]
+    for index, output in enumerate(outputs):
+        found[f"output.{index}" if index else "output"] = output.detach()
+    return found | {"loss": sum(output.pow(2).mean() for output in outputs), "inputs": inputs}
+
+
+def _variants(official: Any, inputs: list[Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs of the model changed in one respect after the other, where the case has them."""
+    found = {}
+    for name, change in official.variants.items():
+        if name in expected:
+            change(official.model)
+            found[name] = official.model(*inputs).detach()
+    return found
+
+
+def _numbered(name: str, tensors: dict[str, Tensor]) -> Iterator[str]:
+    index, key = 0, name
+    while key in tensors:
+        yield key
+        index, key = index + 1, f"{name}.{index + 1}"
+
+
+def _gradients(model: nn.Module, loss: Tensor, inputs: list[Tensor]) -> dict[str, Any]:
+    loss.backward()
+    found = {f"grad.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"grad_input": inputs[0].grad}
+
+
+def _expected_gradients(
+    family: Any, model: nn.Module, weights: dict[str, Tensor], expected: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The case's gradients under our names.
+
+    A conversion only renames and rearranges, so the weights' own filter converts gradients as well; NaN marks the
+    entries of which the case says nothing.
+    """
+    unknown = {key: expected.get(f"grad.{key}", torch.full(w.shape, torch.nan)) for key, w in weights.items()}
+    converted = family.checkpoint_filter_fn(unknown, model)
+    wanted = {f"grad.{key}": value for key, value in converted.items() if not value.isnan().all()}
+    return wanted | ({"grad_input": expected["grad_input"]} if "grad_input" in expected else {})

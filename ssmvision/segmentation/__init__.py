@@ -1,0 +1,1 @@
+"""Segmentation networks (and what was published with them), one file per family; importing it registers them all."""
