@@ -1,21 +1,30 @@
 """SSM layers: nn.Modules around the operators, initialized in `reset_parameters`."""
 
 from .bimamba import BiMamba
+from .channel_attention import ChannelAttention
 from .gated_conv import GatedConv
+from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
 from .linear_attention import MambaLikeLinearAttention
+from .local_scan import LocalMamba, LocalSS2D
 from .mamba import Mamba
 from .mambavision_mixer import MambaVisionMixer
 from .noncausal_ssd import NonCausalSSD
 from .spatial_ssm import StructureAwareSSM
-from .ss2d import SS2D, ScalarSS2D
+from .ss2d import SS2D, AtrousSS2D, ScalarSS2D
 
 __all__ = [
     "SS2D",
+    "AtrousSS2D",
     "BiMamba",
+    "ChannelAttention",
     "GatedConv",
+    "GroupedSS2D",
+    "LocalMamba",
+    "LocalSS2D",
     "Mamba",
     "MambaLikeLinearAttention",
     "MambaVisionMixer",
+    "ModulatedGroupMamba",
     "NonCausalSSD",
     "ScalarSS2D",
     "StructureAwareSSM",

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed, register_notrace_function
+from timm.layers import apply_rot_embed
 from torch import Tensor, nn
+
+from ssmvision.layers.pos_embed import rotary_table
 
 
 class MambaLikeLinearAttention(nn.Module):
@@ -56,19 +58,3 @@ class MambaLikeLinearAttention(nn.Module):
         """(b, h, w, parts, dim) → (parts, b, heads, h * w, dim / heads)."""
         B, H, W, P, D = x.shape
         return x.reshape(B, H * W, P, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-
-
-@register_notrace_function
-def rotary_table(x: Tensor) -> Tensor:
-    """Sines and cosines of the rotation of every pair of channels of x (b, h, w, c): (2, h, w, 1, c).
-
-    The first half of the pairs turns with the row, the second with the column, at 10000^(-i / (c / 4)) per pixel
-    (RoFormer, arXiv:2104.09864, on two axes). The table is made for any grid, in float32 also where x is not.
-    """
-    H, W, bands = x.shape[1], x.shape[2], x.shape[3] // 4
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    theta = 1 / torch.pow(10000.0, torch.arange(bands, device=x.device, dtype=dtype) / bands)
-    rows = torch.arange(H, device=x.device, dtype=dtype).view(H, 1, 1) * theta
-    columns = torch.arange(W, device=x.device, dtype=dtype).view(1, W, 1) * theta
-    angles = torch.cat([rows.expand(H, W, bands), columns.expand(H, W, bands)], dim=2)
-    return torch.stack([angles.sin(), angles.cos()]).repeat_interleave(2, dim=3).unsqueeze(3)

@@ -3,6 +3,7 @@
 from typing import Any, List
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
@@ -19,6 +20,18 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) → (b, dim, h', w')."""
         return self.proj(x)
+
+
+class PaddedPatchEmbed(PatchEmbed):
+    """Patches side by side; what the last ones lack is zero: (b, in_chans, h, w) → (b, dim, ceil(h / patch), …)."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(patch_size, patch_size, in_chans, dim, device, dtype)
+        self.patch_size = patch_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) → (b, dim, h', w')."""
+        return self.proj(F.pad(x, [0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size]))
 
 
 class TubeletEmbed(nn.Module):

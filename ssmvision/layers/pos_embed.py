@@ -1,10 +1,10 @@
-"""Absolute position embeddings: in space with a class token anywhere in the sequence, and in time."""
+"""Position embeddings: absolute ones in space, with a class token anywhere, and in time; rotations by position."""
 
 from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, resample_abs_pos_embed
+from timm.layers import apply_rot_embed, register_notrace_function, resample_abs_pos_embed
 from torch import Tensor
 
 
@@ -47,3 +47,39 @@ def sinusoid_table(tokens: int, dim: int) -> Tensor:
     # In float64, since far positions have large angles.
     angle = torch.arange(tokens, dtype=torch.float64).unsqueeze(1) / 10000 ** (channel // 2 * 2 / dim)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float().unsqueeze(0)
+
+
+@register_notrace_function
+def rotary_table(x: Tensor, span: Optional[int] = None) -> Tensor:
+    """Sines and cosines of the rotation of every pair of channels of x (b, h, w, c): (2, h, w, 1, c).
+
+    The first half of the pairs turns with the row, the second with the column, at 10000^(-i / (c / 4)) per pixel
+    (RoFormer, arXiv:2104.09864, on two axes). The table is made for any grid, in float32 also where x is not.
+
+    Args:
+        x: Map to rotate.
+        span: Every grid counts as this many pixels high and wide (EVA-02, arXiv:2303.11331); None counts pixels.
+    """
+    H, W, bands = x.shape[1], x.shape[2], x.shape[3] // 4
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    theta = 1 / torch.pow(10000.0, torch.arange(bands, device=x.device, dtype=dtype) / bands)
+    rows = torch.arange(H, device=x.device, dtype=dtype)
+    columns = torch.arange(W, device=x.device, dtype=dtype)
+    if span is not None:
+        rows, columns = rows * (span / H), columns * (span / W)
+    angles = torch.cat(
+        [
+            (rows.view(H, 1, 1) * theta).expand(H, W, bands),
+            (columns.view(1, W, 1) * theta).expand(H, W, bands),
+        ],
+        dim=2,
+    )
+    return torch.stack([angles.sin(), angles.cos()]).repeat_interleave(2, dim=3).unsqueeze(3)
+
+
+@register_notrace_function
+def rotate_tokens(x: Tensor, grid: List[int], span: int) -> Tensor:
+    """Tokens (b, h * w, c) of a grid [h, w], rotated by their positions; see `rotary_table`."""
+    maps = x.unflatten(1, (grid[0], grid[1]))
+    sin, cos = rotary_table(maps, span).squeeze(3).unbind(0)
+    return apply_rot_embed(maps, sin, cos).flatten(1, 2).to(x.dtype)

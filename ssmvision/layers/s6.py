@@ -1,6 +1,7 @@
 """What every layer around `selective_scan` shares: how S6 parameters are initialized and read."""
 
 import math
+from typing import List
 
 import torch
 from timm.layers import register_notrace_function
@@ -60,3 +61,34 @@ def cross_routes(x: Tensor) -> Tensor:
 def bidirectional_routes(x: Tensor) -> Tensor:
     """Forward and backward over x (b, l, c): (2, l)."""
     return routes.bidirectional(x.shape[1], x.device)
+
+
+@register_notrace_function
+def atrous_routes(x: Tensor) -> Tensor:
+    """EfficientVMamba's four routes over x (b, h, w, c) and its padding: (4, t)."""
+    return routes.atrous_cross(x.shape[1], x.shape[2], x.device)
+
+
+@register_notrace_function
+def local_routes(x: Tensor, grid: List[int], directions: List[str], cls_in_middle: bool = False) -> Tensor:
+    """LocalMamba's routes over a grid of tokens and its padding, with a class token in their middle or without: (k, t).
+
+    Args:
+        x: Any tensor on the device.
+        grid: [height, width].
+        directions: See `routes.local`.
+        cls_in_middle: Half of the patches come before a class token, and every route visits it after as many steps.
+    """
+    stack = routes.local(grid[0], grid[1], directions, x.device)
+    return routes.insert(stack, grid[0] * grid[1] // 2) if cls_in_middle else stack
+
+
+@register_notrace_function
+def pad_tokens(x: Tensor, tokens: int) -> Tensor:
+    """Tokens (b, l, c) followed by zeros for the padding that routes visit: (b, tokens, c)."""
+    symbolic = False
+    if not torch.jit.is_scripting():
+        symbolic = torch.compiler.is_compiling()  # a program for all sizes cannot ask whether there is padding
+    if not symbolic and tokens == x.shape[1]:
+        return x
+    return torch.cat([x, x.new_zeros(x.shape[0], tokens - x.shape[1], x.shape[2])], dim=1)

@@ -6,11 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmvision.layers.s6 import auto_dt_rank, cross_routes, init_A_log_, init_dt_, init_dt_bias_, state_matrix
+from ssmvision.layers.s6 import (
+    atrous_routes,
+    auto_dt_rank,
+    cross_routes,
+    init_A_log_,
+    init_dt_,
+    init_dt_bias_,
+    pad_tokens,
+    state_matrix,
+)
 from ssmvision.ops import selective_scan
-
-ROUTES = 4
-
 
 class SS2D(nn.Module):
     """Four selective scans over a feature map, along rows, columns and both reversed, summed at every pixel.
@@ -27,6 +33,7 @@ class SS2D(nn.Module):
         conv_bias: Give that convolution a bias.
         gate: Multiply the scan's output by a second, activated projection of the input (v0).
         act_layer: Activation after the convolution and of the gate.
+        routes: Number of scans.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
@@ -41,12 +48,13 @@ class SS2D(nn.Module):
         conv_bias: bool = False,
         gate: bool = False,
         act_layer: type[nn.Module] = nn.SiLU,
+        routes: int = 4,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.routes = ROUTES
+        self.routes = routes
         self.d_state = d_state
         self.d_inner = int(ssm_ratio * dim)
         self.dt_rank = dt_rank or auto_dt_rank(dim)
@@ -56,17 +64,17 @@ class SS2D(nn.Module):
         conv2d = nn.Conv2d(d, d, d_conv, padding=d_conv // 2, groups=d, bias=conv_bias, **dd) if d_conv > 1 else None
         self.conv2d = conv2d or nn.Identity()
         self.act = act_layer()
-        self.x_proj_weight = nn.Parameter(torch.empty(ROUTES, self.dt_rank + 2 * d_state, self.d_inner, **dd))
+        self.x_proj_weight = nn.Parameter(torch.empty(routes, self.dt_rank + 2 * d_state, self.d_inner, **dd))
         self._make_scan_parameters(dd)
         self.out_norm = nn.LayerNorm(self.d_inner, eps=1e-5, **dd)
         self.out_proj = nn.Linear(self.d_inner, dim, bias=False, **dd)
         self.reset_parameters()
 
     def _make_scan_parameters(self, dd: dict[str, Any]) -> None:
-        self.dt_projs_weight = nn.Parameter(torch.empty(ROUTES, self.d_inner, self.dt_rank, **dd))
-        self.dt_projs_bias = nn.Parameter(torch.empty(ROUTES, self.d_inner, **dd))
-        self.A_logs = nn.Parameter(torch.empty(ROUTES * self.d_inner, self.d_state, **dd))
-        self.Ds = nn.Parameter(torch.empty(ROUTES * self.d_inner, **dd))
+        self.dt_projs_weight = nn.Parameter(torch.empty(self.routes, self.d_inner, self.dt_rank, **dd))
+        self.dt_projs_bias = nn.Parameter(torch.empty(self.routes, self.d_inner, **dd))
+        self.A_logs = nn.Parameter(torch.empty(self.routes * self.d_inner, self.d_state, **dd))
+        self.Ds = nn.Parameter(torch.empty(self.routes * self.d_inner, **dd))
 
     def reset_parameters(self) -> None:
         """Initialize the scan's own parameters; linear and convolution layers initialize themselves."""
@@ -89,21 +97,39 @@ class SS2D(nn.Module):
     def scan(self, u: Tensor) -> Tensor:
         """The four scans alone, (b, h, w, d_inner) → the same."""
         B, H, W, D = u.shape
-        tokens = u.reshape(B, H * W, D)
-        projected = F.linear(tokens, self.x_proj_weight.flatten(0, 1)).view(B, H * W, self.routes, -1)
+        y = self.scan_tokens(u.reshape(B, H * W, D), cross_routes(u))
+        return y.transpose(1, 2).reshape(B, H, W, D)
+
+    def scan_tokens(self, tokens: Tensor, routes: Tensor, merge: bool = True) -> Tensor:
+        """Scans of tokens (b, l, d_inner) along routes (k, t), summed: (b, d_inner, l); or each: (b, k, d_inner, l)."""
+        projected = F.linear(tokens, self.x_proj_weight.flatten(0, 1)).unflatten(2, (self.routes, -1))
         # (b, l, k, r + 2n) → (b, k, ·, l): a view, nothing moves.
         delta, b, c = projected.permute(0, 2, 3, 1).split([self.dt_rank, self.d_state, self.d_state], dim=2)
         A, skip, dt_bias, dt_proj = self.scan_parameters()
         y, _ = selective_scan(
             tokens.transpose(1, 2), delta, A, b, c, D=skip, delta_bias=dt_bias, delta_softplus=True, dt_proj=dt_proj,
-            routes=cross_routes(u),
+            routes=routes, merge=merge,
         )  # fmt: skip
-        return y.transpose(1, 2).reshape(B, H, W, D)
+        return y
 
     def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A (k, d, n), D (k, d), delta_bias (k, d) and dt_proj (k, d, r)."""
         A = state_matrix(self.A_logs).view(self.routes, self.d_inner, self.d_state)
         return A, self.Ds.view(self.routes, self.d_inner), self.dt_projs_bias, self.dt_projs_weight
+
+
+class AtrousSS2D(SS2D):
+    """SS2D in which every pixel is scanned once: each of the four routes goes over every second row and column.
+
+    That is the efficient 2-D scan of EfficientVMamba (arXiv:2403.09977).
+    """
+
+    def scan(self, u: Tensor) -> Tensor:
+        """The four scans alone, (b, h, w, d_inner) → the same."""
+        B, H, W, D = u.shape
+        routes = atrous_routes(u)
+        y = self.scan_tokens(pad_tokens(u.reshape(B, H * W, D), 4 * routes.shape[1]), routes)
+        return y.transpose(1, 2)[:, : H * W].reshape(B, H, W, D)
 
 
 class ScalarSS2D(SS2D):
@@ -114,9 +140,9 @@ class ScalarSS2D(SS2D):
 
     def _make_scan_parameters(self, dd: dict[str, Any]) -> None:
         heads = self.dt_rank
-        self.dt_projs_bias = nn.Parameter(torch.empty(ROUTES, heads, **dd))
-        self.A_logs = nn.Parameter(torch.empty(ROUTES, heads, **dd))
-        self.Ds = nn.Parameter(torch.empty(ROUTES, heads, self.d_inner // heads, **dd))
+        self.dt_projs_bias = nn.Parameter(torch.empty(self.routes, heads, **dd))
+        self.A_logs = nn.Parameter(torch.empty(self.routes, heads, **dd))
+        self.Ds = nn.Parameter(torch.empty(self.routes, heads, self.d_inner // heads, **dd))
 
     def reset_parameters(self) -> None:
         """As in `SS2D`, without a step-size projection."""

@@ -57,7 +57,7 @@ class OfficialModel:
 
 def block_taps(name: str) -> list[Tap]:
     """Of a token block: the official ones return the mixer's output and the residual that it was computed from."""
-    return [Tap(f"{name}.mixer"), Tap(name, lambda inputs, output: inputs[0])]
+    return [Tap(f"{name}.mixer"), Tap(f"{name}.norm", lambda inputs, output: inputs[0])]
 
 
 def rename(key: str, renames: Iterable[tuple[str, Any]]) -> str:

@@ -54,6 +54,7 @@ class Pyramid(nn.Module):
         global_pool: Pooling of the head.
         drop_rate: Dropout before the classifier.
         out_norms: A norm for every stage's output (the form that detectors and segmenters use), or none.
+        head: In place of the usual one, with its `reset`, `fc` and `num_features`.
         stride: Of the stem; every later stage halves the resolution.
         device: Device of the classifier.
         dtype: Type of the classifier.
@@ -70,6 +71,7 @@ class Pyramid(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         out_norms: Sequence[nn.Module] = (),
+        head: Optional[nn.Module] = None,
         stride: int = 4,
         device: Any = None,
         dtype: Any = None,
@@ -85,7 +87,9 @@ class Pyramid(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.out_norms = nn.ModuleList(out_norms)
         self.norm = norm
-        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        self.head: Any = head or ClassifierHead(
+            dims[-1], num_classes, global_pool, drop_rate, device=device, dtype=dtype
+        )
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.layers import (
@@ -24,7 +24,7 @@ from ssmvision.models._init import init_linear, reset_parameters
 
 
 class TokenBlock(nn.Module):
-    """Pre-norm residual block around a mixer: (b, l, dim) → the same."""
+    """Pre-norm residual block around a mixer: (b, l, dim) → the same. It also gets the grid of the tokens."""
 
     def __init__(self, dim: int, mixer: nn.Module, norm: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class TokenBlock(nn.Module):
         self.mixer = mixer
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grid: List[int]) -> Tensor:
         return x + self.drop_path(self.mixer(self.norm(x)))
 
 
@@ -41,7 +41,7 @@ class TokenModel(nn.Module):
 
     Args:
         patch_embed: Images to maps of patches; its convolution is called `proj`.
-        mixer: Makes the mixer of a block, called as mixer(dim, device=, dtype=).
+        mixer: Makes the mixer of a block, called as mixer(dim, device=, dtype=); or one such call for each block.
         img_size: Image size that the position embedding is stored for.
         patch_size: Side of a patch.
         stride: Step between patches; None for patch_size.
@@ -56,6 +56,7 @@ class TokenModel(nn.Module):
         drop_rate: Dropout before the classifier.
         pos_drop_rate: Dropout after the position embedding.
         drop_path_rate: Largest stochastic depth rate, reached in the last block.
+        block: Makes a block, called as `TokenBlock`.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
@@ -63,7 +64,7 @@ class TokenModel(nn.Module):
     def __init__(
         self,
         patch_embed: nn.Module,
-        mixer: Callable[..., nn.Module],
+        mixer: Union[Callable[..., nn.Module], Sequence[Callable[..., nn.Module]]],
         img_size: Union[int, Tuple[int, int]] = 224,
         patch_size: int = 16,
         stride: Optional[int] = None,
@@ -78,6 +79,7 @@ class TokenModel(nn.Module):
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        block: Callable[..., nn.Module] = TokenBlock,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -106,7 +108,10 @@ class TokenModel(nn.Module):
             return RmsNorm(embed_dim, eps=1e-5, **dd) if rms_norm else nn.LayerNorm(embed_dim, eps=1e-5, **dd)
 
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        self.layers = nn.ModuleList(TokenBlock(embed_dim, mixer(embed_dim, **dd), norm(), rate) for rate in rates)
+        mixers = [mixer] * depth if callable(mixer) else mixer
+        self.layers = nn.ModuleList(
+            block(embed_dim, make(embed_dim, **dd), norm(), rate) for make, rate in zip(mixers, rates, strict=True)
+        )
         self.norm_f = norm()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
@@ -131,7 +136,7 @@ class TokenModel(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        ends = ("pos_embed", "pos_embedding", "cls_token", ".A_log", ".A_b_log", ".D", ".D_b")
+        ends = ("pos_embed", "pos_embedding", "cls_token", ".A_log", ".A_logs", ".A_b_log", ".D", ".Ds", ".D_b")
         return {name for name, _ in self.named_parameters() if name.endswith(ends)}
 
     @torch.jit.ignore
@@ -231,7 +236,10 @@ class TokenModel(nn.Module):
         prefixes: List[Optional[Tensor]] = []
         for i, block in enumerate(self.layers):
             if not (stop_early and i > max_index):
-                x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, grid)
+                else:
+                    x = block(x, grid)
             if i in take_indices:
                 cls, patches = self._split(self.norm_f(x) if norm else x)
                 as_map = patches.transpose(1, 2).unflatten(2, grid)
@@ -270,9 +278,12 @@ class TokenModel(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self._embed(x)[0]
+        x, grid = self._embed(x)
         for block in self.layers:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, grid)
+            else:
+                x = block(x, grid)
         return self.norm_f(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

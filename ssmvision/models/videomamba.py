@@ -230,7 +230,7 @@ class VideoMambaPretrain(VideoMamba):
             mask: True for the tokens to hide, (b, 1 + t * h * w in patches), the same number in every clip. The
                 class token comes first and is usually visible. None hides nothing.
         """
-        x, _ = self._embed(x)
+        x, grid = self._embed(x)
         positions = sinusoid_table(x.shape[1], self.embed_dim).to(x).expand(x.shape[0], -1, -1)
         if mask is not None:
             visible = _visible(mask, x.shape[1])
@@ -238,7 +238,11 @@ class VideoMambaPretrain(VideoMamba):
         decoded = []
         for i, block in enumerate(self.layers):
             entering = x
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = (
+                checkpoint(block, x, grid)
+                if self.grad_checkpointing and not torch.jit.is_scripting()
+                else block(x, grid)
+            )
             if i in self.decoded:
                 last = i == len(self.layers) - 1
                 decoded.append(entering if last and self.decode_last_input else self.norm_f(x))

@@ -4,26 +4,16 @@ Paper: `VMamba: Visual State Space Model` - https://arxiv.org/abs/2401.10166
 Official code and weights (MIT): https://github.com/MzeroMiko/VMamba
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Type, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
-import torch.nn.functional as F
-from timm.layers import (
-    DropPath,
-    LayerNorm2d,
-    Mlp,
-    calculate_drop_path_rates,
-    get_act_layer,
-)
-from timm.models import (
-    generate_default_cfgs,
-    register_model,
-)
+from timm.layers import LayerNorm2d, calculate_drop_path_rates, get_act_layer
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from ssmvision.layers import SS2D, ScalarSS2D
+from ssmvision.layers.vss_block import PatchMerging, PatchStem, VSSBlock
 from ssmvision.models._builder import Published, build_model, weights_cfg
 from ssmvision.models._official import (
     OfficialModel,
@@ -40,16 +30,6 @@ from ssmvision.models._pyramid import Pyramid, Stage
 __all__ = ["VMamba"]
 
 
-class PatchStem(nn.Sequential):
-    """v0: non-overlapping 4 x 4 patches, (b, in_chans, h, w) → (b, dim, h/4, w/4)."""
-
-    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
-        self.norm1 = LayerNorm2d(dim, eps=1e-5, **dd)
-
-
 class ConvStem(nn.Sequential):
     """v05: two overlapping 3 x 3 convolutions of stride 2, (b, in_chans, h, w) → (b, dim, h/4, w/4)."""
 
@@ -63,22 +43,6 @@ class ConvStem(nn.Sequential):
         self.norm2 = LayerNorm2d(dim, eps=1e-5, **dd)
 
 
-class PatchMerging(nn.Module):
-    """v0: 2 x 2 neighbours concatenated, normalised and projected; odd sides get a row or column of zeros."""
-
-    def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(4 * dim, eps=1e-5, **dd)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, W % 2, 0, H % 2))
-        x = x.reshape(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
-
-
 class ConvDownsample(nn.Sequential):
     """v05: a convolution of stride 2, 3 x 3 and overlapping or 2 x 2, and a norm."""
 
@@ -87,34 +51,6 @@ class ConvDownsample(nn.Sequential):
         super().__init__()
         self.conv = nn.Conv2d(dim, out_dim, kernel, stride=2, padding=kernel // 3, **dd)
         self.norm = LayerNorm2d(out_dim, eps=1e-5, **dd)
-
-
-class VSSBlock(nn.Module):
-    """SS2D and, if mlp_ratio > 0, an MLP, both pre-norm and residual: (b, h, w, dim) → the same."""
-
-    def __init__(
-        self,
-        dim: int,
-        mixer: Callable[..., nn.Module],
-        mlp_ratio: float = 4.0,
-        mlp_act: Type[nn.Module] = nn.GELU,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
-        self.op = mixer(dim, **dd)
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if mlp_ratio > 0 else nn.Identity()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=mlp_act, **dd) if mlp_ratio > 0 else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
-        if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
 
 
 class VMamba(Pyramid):
