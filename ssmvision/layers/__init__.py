@@ -5,12 +5,13 @@ from .channel_attention import ChannelAttention
 from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
 from .linear_attention import MambaLikeLinearAttention
+from .local_mamba import LocalMamba
 from .local_scan import LocalMamba, LocalSS2D
 from .mamba import Mamba
 from .mambavision_mixer import MambaVisionMixer
 from .noncausal_ssd import NonCausalSSD
 from .spatial_ssm import StructureAwareSSM
-from .ss2d import SS2D, AtrousSS2D, ScalarSS2D
+from .ss2d import SS2D, AtrousSS2D, LocalSS2D, ScalarSS2D
 
 __all__ = [
     "SS2D",

@@ -26,7 +26,8 @@ class GroupedSS2D(nn.Module):
         if dim % GROUPS:
             raise ValueError(f"GroupedSS2D: {dim} channels do not divide into {GROUPS} groups")
         dd = {"device": device, "dtype": dtype}
-        k, d = GROUPS, dim // GROUPS
+        k = self.groups = GROUPS
+        d = dim // k
         self.dt_rank = auto_dt_rank(d)
         self.in_proj_weight = nn.Parameter(torch.empty(k, 2 * d, d, **dd))
         self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
@@ -55,10 +56,10 @@ class GroupedSS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) → (b, h, w, dim)."""
         B, H, W, C = x.shape
-        groups = x.reshape(B, H * W, GROUPS, C // GROUPS).transpose(1, 2)  # (b, k, l, d)
+        groups = x.reshape(B, H * W, self.groups, C // self.groups).transpose(1, 2)  # (b, k, l, d)
         u, z = torch.matmul(groups, self.in_proj_weight.transpose(1, 2)).chunk(2, dim=3)
         u = u.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
-        u = F.silu(self.conv2d(u)).permute(0, 2, 3, 1).reshape(B, H * W, GROUPS, -1).transpose(1, 2)
+        u = F.silu(self.conv2d(u)).permute(0, 2, 3, 1).reshape(B, H * W, self.groups, -1).transpose(1, 2)
         delta, b, c = (
             torch.matmul(u, self.x_proj_weight.transpose(1, 2)).transpose(2, 3).split([self.dt_rank, 1, 1], dim=2)
         )
@@ -66,7 +67,7 @@ class GroupedSS2D(nn.Module):
             u.transpose(2, 3), delta, state_matrix(self.A_logs), b, c, D=self.Ds, delta_bias=self.dt_projs_bias,
             delta_softplus=True, dt_proj=self.dt_projs_weight, routes=cross_routes(x), merge=False,
         )  # fmt: skip
-        y = F.layer_norm(y.transpose(2, 3), [C // GROUPS], eps=1e-5)
+        y = F.layer_norm(y.transpose(2, 3), [C // self.groups], eps=1e-5)
         y = (y * self.out_norm_weight.unsqueeze(1) + self.out_norm_bias.unsqueeze(1)) * F.silu(z)
         y = torch.matmul(y, self.out_proj_weight.transpose(1, 2))
         return y.transpose(1, 2).reshape(B, H, W, C)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed
 from torch import Tensor, nn

@@ -1,7 +1,8 @@
 """What every layer around `selective_scan` shares: how S6 parameters are initialized and read."""
 
 import math
-from typing import List
+import re
+from typing import List, Sequence
 
 import torch
 from timm.layers import register_notrace_function
@@ -61,6 +62,14 @@ def cross_routes(x: Tensor) -> Tensor:
 def bidirectional_routes(x: Tensor) -> Tensor:
     """Forward and backward over x (b, l, c): (2, l)."""
     return routes.bidirectional(x.shape[1], x.device)
+
+
+def checked_directions(directions: Sequence[str]) -> List[str]:
+    """A list of scan directions, or a ValueError that names the one which is none."""
+    for direction in directions:
+        if not re.fullmatch(r"(h|v|w[1-9]\d*)(_flip)?", direction):
+            raise ValueError(f"a direction is h, v, w2, w7, …, or such a one with _flip, not {direction!r}")
+    return list(directions)
 
 
 @register_notrace_function

@@ -1,22 +1,29 @@
-"""SS2D, the 2-D selective scan of VMamba (arXiv:2401.10166, section 4.2 and figure 3)."""
+"""SS2D, the 2-D selective scan of VMamba (arXiv:2401.10166, section 4.2 and figure 3), and what others made of it.
 
-from typing import Any, Optional
+They share a module since fx keeps functions whole only where the traced `forward` is defined, here that of `SS2D`.
+"""
+
+from typing import Any, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers.channel_attention import ChannelAttention
 from ssmvision.layers.s6 import (
     atrous_routes,
     auto_dt_rank,
+    checked_directions,
     cross_routes,
     init_A_log_,
     init_dt_,
     init_dt_bias_,
+    local_routes,
     pad_tokens,
     state_matrix,
 )
 from ssmvision.ops import selective_scan
+
 
 class SS2D(nn.Module):
     """Four selective scans over a feature map, along rows, columns and both reversed, summed at every pixel.
@@ -130,6 +137,32 @@ class AtrousSS2D(SS2D):
         routes = atrous_routes(u)
         y = self.scan_tokens(pad_tokens(u.reshape(B, H * W, D), 4 * routes.shape[1]), routes)
         return y.transpose(1, 2)[:, : H * W].reshape(B, H, W, D)
+
+
+class LocalSS2D(SS2D):
+    """LocalVMamba's mixer: SS2D with searched directions, each weighed by channel attention before the sum.
+
+    Args:
+        dim: Channels of input and output.
+        directions: Scan order of each route; see `ssmvision.ops.routes.local`.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        **kwargs: Arguments of `SS2D`.
+    """
+
+    def __init__(
+        self, dim: int, directions: Sequence[str], device: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(dim, routes=len(directions), device=device, dtype=dtype, **kwargs)
+        self.directions: List[str] = checked_directions(directions)
+        self.attn = ChannelAttention(self.d_inner, device=device, dtype=dtype)
+
+    def scan(self, u: Tensor) -> Tensor:
+        """The weighed scans alone, (b, h, w, d_inner) → the same."""
+        B, H, W, D = u.shape
+        routes = local_routes(u, [H, W], self.directions)
+        y = self.scan_tokens(pad_tokens(u.reshape(B, H * W, D), routes.shape[1]), routes, merge=False)
+        return self.attn(y.transpose(2, 3)[:, :, : H * W]).sum(1).reshape(B, H, W, D)
 
 
 class ScalarSS2D(SS2D):

@@ -28,6 +28,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, dim, h, w) → (b, out_dim, ceil(h / 2), ceil(w / 2))."""
         B, C, H, W = x.shape
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, W % 2, 0, H % 2))
         x = x.reshape(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
@@ -56,6 +57,7 @@ class VSSBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=mlp_act, **dd) if mlp_ratio > 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) → (b, h, w, dim)."""
         x = x + self.drop_path(self.op(self.norm(x)))
         if self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))

@@ -15,7 +15,6 @@ from timm.layers import (
     Mlp,
     SelectAdaptivePool2d,
     calculate_drop_path_rates,
-    get_device_dtype,
 )
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -131,8 +130,7 @@ class ClassTokenHead(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_features = dim
-        self.pooled = bool(global_pool)
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=self.pooled)
+        self._set_pool(global_pool)
         self.block: nn.Module = ClassBlock(dim, mlp_ratio, norm_eps, **dd)
         self.norm: nn.Module = nn.LayerNorm(dim, eps=norm_eps, **dd)
         self.drop = nn.Dropout(drop_rate)
@@ -150,14 +148,19 @@ class ClassTokenHead(nn.Module):
         """New classifiers, and pooling if it is given."""
         self.num_features = in_features or self.num_features
         if pool_type is not None:
-            self.pooled = bool(pool_type)
-            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=self.pooled).train(self.training)
+            self._set_pool(pool_type)
         for name in ("fc", "fc_dist"):
-            fc = nn.Identity()
-            if num_classes > 0:
-                fc = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype)
+            dd = {"device": device, "dtype": dtype}
+            fc = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
             init_linear(fc)
             setattr(self, name, fc.train(self.training))
+
+    @torch.jit.ignore
+    def _set_pool(self, pool_type: str) -> None:
+        self.pooled = bool(pool_type)
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=self.pooled).train(self.training)
+        # timm's models assert their pooling, and code written for them catches that.
+        assert self.global_pool.feat_mult() == 1, f"GroupMamba: pooling {pool_type!r} changes the number of channels"
 
     def remove_block(self) -> None:
         """Leave nothing but pooling and classifiers."""

@@ -1,6 +1,5 @@
-"""The mixers of LocalMamba (arXiv:2403.09338): scans in directions that were searched for each layer."""
+"""The mixer of LocalVim (arXiv:2403.09338): Mamba branches in directions that were searched for each layer."""
 
-import re
 from typing import Any, List, Optional, Sequence
 
 import torch
@@ -8,17 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmvision.layers.channel_attention import ChannelAttention
-from ssmvision.layers.s6 import auto_dt_rank, init_A_log_, init_dt_, local_routes, pad_tokens, state_matrix
-from ssmvision.layers.ss2d import SS2D
+from ssmvision.layers.s6 import (
+    auto_dt_rank,
+    checked_directions,
+    init_A_log_,
+    init_dt_,
+    local_routes,
+    pad_tokens,
+    state_matrix,
+)
 from ssmvision.ops import causal_conv1d, selective_scan
-
-
-def checked_directions(directions: Sequence[str]) -> List[str]:
-    """A list of scan directions, or a ValueError that names the one which is none."""
-    for direction in directions:
-        if not re.fullmatch(r"(h|v|w[1-9]\d*)(_flip)?", direction):
-            raise ValueError(f"a direction is h, v, w2, w7, …, or such a one with _flip, not {direction!r}")
-    return list(directions)
 
 
 class LocalMamba(nn.Module):
@@ -101,29 +99,3 @@ class LocalMamba(nn.Module):
         z = F.silu(F.linear(x, self.in_proj.weight[self.d_inner :]))
         y = y.transpose(2, 3)[:, :, :L] * z.unsqueeze(1)
         return self.out_proj(self.attn(y).sum(1))
-
-
-class LocalSS2D(SS2D):
-    """LocalVMamba's mixer: SS2D with searched directions, each weighed by channel attention before the sum.
-
-    Args:
-        dim: Channels of input and output.
-        directions: Scan order of each route; see `ssmvision.ops.routes.local`.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-        **kwargs: Arguments of `SS2D`.
-    """
-
-    def __init__(
-        self, dim: int, directions: Sequence[str], device: Any = None, dtype: Any = None, **kwargs: Any
-    ) -> None:
-        super().__init__(dim, routes=len(directions), device=device, dtype=dtype, **kwargs)
-        self.directions: List[str] = checked_directions(directions)
-        self.attn = ChannelAttention(self.d_inner, device=device, dtype=dtype)
-
-    def scan(self, u: Tensor) -> Tensor:
-        """The weighed scans alone, (b, h, w, d_inner) → the same."""
-        B, H, W, D = u.shape
-        routes = local_routes(u, [H, W], self.directions)
-        y = self.scan_tokens(pad_tokens(u.reshape(B, H * W, D), routes.shape[1]), routes, merge=False)
-        return self.attn(y.transpose(2, 3)[:, :, : H * W]).sum(1).reshape(B, H, W, D)
