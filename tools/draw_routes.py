@@ -26,6 +26,7 @@ from torch import Tensor
 from ssmvision.ops import routes
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "routes.svg"
+LOCAL = ["w2", "w2_flip", "v", "h_flip"]
 SIZE = 6  # the grids are SIZE x SIZE
 COLORS = matplotlib.colors.LinearSegmentedColormap.from_list("path", ["#2c5c9e", "#8a5aa8", "#e0684b", "#f2b134"])
 INK, FAINT = "#24292f", "#d8dee4"
@@ -52,26 +53,32 @@ def stacks() -> dict[str, tuple[str, Tensor, int]]:
     return {
         "bidirectional": ("bidirectional(l)", routes.bidirectional(8), 8),
         "cross": ("cross(h, w)", routes.cross(4, 4), 4),
+        "local": (f"local(h, w, {LOCAL})", routes.local(4, 4, LOCAL), 4),
+        "atrous cross": ("atrous_cross(h, w)", routes.atrous_cross(4, 4), 4),
     }
 
 
 def draw() -> Figure:
     """One panel for each order, and one row of small panels for each stack."""
-    figure = plt.figure(figsize=(10.4, 7.7))
-    grid = figure.add_gridspec(3, 4, hspace=0.36, wspace=0.12, left=0.02, right=0.98, top=0.92, bottom=0.02,
-                               height_ratios=[1, 1, 0.56])  # fmt: skip
+    figure = plt.figure(figsize=(10.4, 9.4))
+    grid = figure.add_gridspec(4, 4, hspace=0.36, wspace=0.12, left=0.02, right=0.98, top=0.935, bottom=0.02,
+                               height_ratios=[1, 1, 0.56, 0.56])  # fmt: skip
     for i, (title, (call, route)) in enumerate(panels().items()):
         axes = figure.add_subplot(grid[i // 4, i % 4])
         _heading(axes, title, call)
-        _path(axes, route, SIZE)
+        _path(axes, route, SIZE, SIZE)
     _legend(figure.add_subplot(grid[1, 3]))
-    places = {"bidirectional": grid[2, :2].subgridspec(2, 1, hspace=0.05), "cross": grid[2, 2:].subgridspec(1, 4)}
+    places = {
+        "bidirectional": grid[2, :2].subgridspec(2, 1, hspace=0.05), "cross": grid[2, 2:].subgridspec(1, 4),
+        "local": grid[3, :2].subgridspec(1, 4), "atrous cross": grid[3, 2:].subgridspec(1, 4),
+    }  # fmt: skip
     for title, (call, stack, width) in stacks().items():
         for k, route in enumerate(stack):
             axes = figure.add_subplot(places[title][k])
             if k == 0:
                 _heading(axes, title, call)
-            _path(axes, route, width, numbered=len(route) == width)  # small panels have no room
+            height = (int(stack.max()) + 1) // width
+            _path(axes, route, width, height, numbered=height == 1)  # small panels have no room
     return figure
 
 
@@ -81,7 +88,7 @@ def _heading(axes: Axes, title: str, call: str) -> None:
                   family="monospace", color="#57606a")  # fmt: skip
 
 
-def _path(axes: Axes, route: Tensor, width: int, numbered: bool = True) -> None:
+def _path(axes: Axes, route: Tensor, width: int, height: int, numbered: bool = True) -> None:
     """Tokens as numbered dots; solid lines to neighbours, bows over skipped tokens, dashes for jumps to other rows."""
     y, x = np.divmod(route.numpy(), width)
     points = np.stack([x, y], 1).astype(float)
@@ -89,7 +96,7 @@ def _path(axes: Axes, route: Tensor, width: int, numbered: bool = True) -> None:
     move = np.diff(points, axis=0)
     straight, skip = np.abs(move).sum(1) == 1, (np.abs(move).sum(1) == 2) & (move[:, 1] == 0)
     bow = np.where(skip, -0.3, 0.0)
-    lines = [_curve(*ends, height) for ends, height in zip(pairwise(points), bow, strict=True)]
+    lines = [_curve(*ends, rise) for ends, rise in zip(pairwise(points), bow, strict=True)]
     for kind, style in ((straight, SOLID), (skip, SOLID | {"linewidths": 1.5}), (~straight & ~skip, DASHED)):
         chosen = np.flatnonzero(kind)
         axes.add_collection(LineCollection([lines[i] for i in chosen], colors=colors[1:][chosen], **style))
@@ -100,7 +107,7 @@ def _path(axes: Axes, route: Tensor, width: int, numbered: bool = True) -> None:
     axes.scatter(points[-1, 0], points[-1, 1], s=64, c=[colors[-1]], marker="s", zorder=3.5, linewidths=0)
     for step, (px, py) in enumerate(points if numbered else ()):
         axes.text(px + 0.45, py + 0.44, str(step), fontsize=5, color="#8c959f", ha="right", va="bottom")
-    _frame(axes, width, len(route) // width)
+    _frame(axes, width, height)
 
 
 def _curve(start: np.ndarray, end: np.ndarray, height: float) -> np.ndarray:

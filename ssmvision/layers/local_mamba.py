@@ -10,6 +10,7 @@ from ssmvision.layers.channel_attention import ChannelAttention
 from ssmvision.layers.s6 import (
     auto_dt_rank,
     checked_directions,
+    crop_tokens,
     init_A_log_,
     init_dt_,
     local_routes,
@@ -83,7 +84,6 @@ class LocalMamba(nn.Module):
 
     def forward(self, x: Tensor, grid: List[int]) -> Tensor:
         """Tokens (b, l, dim) of a grid [height, width] → (b, l, dim)."""
-        L = x.shape[1]
         routes = local_routes(x, grid, self.directions, self.cls_in_middle)
         u = pad_tokens(F.linear(x, self.in_proj.weight[: self.d_inner]), routes.shape[1])
         u = causal_conv1d(u.transpose(1, 2), self.conv_weight, self.conv_bias, silu=True, routes=routes)  # (b, k, d, l)
@@ -97,5 +97,5 @@ class LocalMamba(nn.Module):
             dt_proj=self.dt_projs_weight, routes=routes, merge=False,
         )  # fmt: skip
         z = F.silu(F.linear(x, self.in_proj.weight[self.d_inner :]))
-        y = y.transpose(2, 3)[:, :, :L] * z.unsqueeze(1)
+        y = crop_tokens(y.transpose(2, 3), x.shape[1]) * z.unsqueeze(1)
         return self.out_proj(self.attn(y).sum(1))

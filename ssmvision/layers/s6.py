@@ -5,6 +5,7 @@ import re
 from typing import List, Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor
 
@@ -95,9 +96,21 @@ def local_routes(x: Tensor, grid: List[int], directions: List[str], cls_in_middl
 @register_notrace_function
 def pad_tokens(x: Tensor, tokens: int) -> Tensor:
     """Tokens (b, l, c) followed by zeros for the padding that routes visit: (b, tokens, c)."""
-    symbolic = False
-    if not torch.jit.is_scripting():
-        symbolic = torch.compiler.is_compiling()  # a program for all sizes cannot ask whether there is padding
-    if not symbolic and tokens == x.shape[1]:
+    if not _for_all_sizes() and tokens == x.shape[1]:
         return x
-    return torch.cat([x, x.new_zeros(x.shape[0], tokens - x.shape[1], x.shape[2])], dim=1)
+    # Scattered, not concatenated: a program for all sizes would treat tensors without elements apart.
+    return torch.slice_scatter(x.new_zeros(x.shape[0], tokens, x.shape[2]), x, 1, 0, x.shape[1])
+
+
+@register_notrace_function
+def crop_tokens(x: Tensor, tokens: int) -> Tensor:
+    """Tokens (..., l, c) without those of the padding: (..., tokens, c)."""
+    if not _for_all_sizes():
+        return x[..., :tokens, :]
+    # A tensor of its own: whether a slice is contiguous depends on the size.
+    return F.pad(x, [0, 0, 0, tokens - x.shape[-2]])
+
+
+def _for_all_sizes() -> bool:
+    """Whether a program is being made that cannot ask whether there is padding."""
+    return False if torch.jit.is_scripting() else torch.compiler.is_compiling()

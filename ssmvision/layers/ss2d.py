@@ -14,6 +14,7 @@ from ssmvision.layers.s6 import (
     atrous_routes,
     auto_dt_rank,
     checked_directions,
+    crop_tokens,
     cross_routes,
     init_A_log_,
     init_dt_,
@@ -136,7 +137,7 @@ class AtrousSS2D(SS2D):
         B, H, W, D = u.shape
         routes = atrous_routes(u)
         y = self.scan_tokens(pad_tokens(u.reshape(B, H * W, D), 4 * routes.shape[1]), routes)
-        return y.transpose(1, 2)[:, : H * W].reshape(B, H, W, D)
+        return crop_tokens(y.transpose(1, 2), H * W).reshape(B, H, W, D)
 
 
 class LocalSS2D(SS2D):
@@ -162,7 +163,7 @@ class LocalSS2D(SS2D):
         B, H, W, D = u.shape
         routes = local_routes(u, [H, W], self.directions)
         y = self.scan_tokens(pad_tokens(u.reshape(B, H * W, D), routes.shape[1]), routes, merge=False)
-        return self.attn(y.transpose(2, 3)[:, :, : H * W]).sum(1).reshape(B, H, W, D)
+        return self.attn(crop_tokens(y.transpose(2, 3), H * W)).sum(1).reshape(B, H, W, D)
 
 
 class ScalarSS2D(SS2D):

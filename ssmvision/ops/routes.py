@@ -62,17 +62,6 @@ def atrous(height: int, width: int, step: int, device: Optional[torch.device] = 
     return _order((subgrid * height + r // step) * width + c // step)
 
 
-def padded_window(height: int, width: int, size: int, device: Optional[torch.device] = None) -> Tensor:
-    """Window by window, all of size x size: what the last ones lack are tokens of padding, numbered after the others.
-
-    Returns:
-        (t,) with both sides rounded up to multiples of size; `height * width` and what follows are the padding.
-    """
-    grid = _padded_grid(height, width, size, device)
-    rows, columns = (height + size - 1) // size, (width + size - 1) // size
-    return grid.view(rows, size, columns, size).permute(0, 2, 1, 3).flatten()
-
-
 def reverse(route: Tensor) -> Tensor:
     """The same way back; also for stacks (k, t)."""
     return route.flip(-1)
@@ -98,7 +87,8 @@ def cross(height: int, width: int, device: Optional[torch.device] = None) -> Ten
 def atrous_cross(height: int, width: int, device: Optional[torch.device] = None) -> Tensor:
     """EfficientVMamba's scan: every second row and column, from each of the four places to start a route of its own.
 
-    The routes that start in an odd row go by columns, the others by rows. Odd sides are padded as in `padded_window`.
+    The routes that start in an odd row go by columns, the others by rows. Odd sides are padded: numbers from
+    `height * width` on are the padding.
 
     Returns:
         (4, t), the starts being (0, 0), (1, 0), (0, 1) and (1, 1).
@@ -110,8 +100,8 @@ def atrous_cross(height: int, width: int, device: Optional[torch.device] = None)
 def local(height: int, width: int, directions: List[str], device: Optional[torch.device] = None) -> Tensor:
     """LocalMamba's routes: rows "h", columns "v" or windows "w2", "w7", …, and with "_flip" the same way back.
 
-    Windows are padded as in `padded_window`. So that all routes are equally long, each ends with the tokens of padding
-    that are not its own: there they change nothing, and all of them are zeros.
+    Windows that the grid does not fill are padded: numbers from `height * width` on are the padding. So that all routes
+    are equally long, each ends with the tokens of padding that are not its own. There they change nothing.
 
     Returns:
         (k, t) with t = height * width + the padding of every size of windows.
@@ -127,13 +117,13 @@ def local(height: int, width: int, directions: List[str], device: Optional[torch
             order = column(height, width, device)
         else:
             size = int(kind[1:])
-            order = padded_window(height, width, size, device)
+            order = _padded_window(height, width, size, device)
             if size not in sizes:
                 sizes.append(size)
                 steps += order.shape[0] - height * width
         orders.append(order.flip(0) if direction.endswith("_flip") else order)
-    rest = torch.arange(steps, device=device)
-    return torch.stack([torch.cat([order, rest[order.shape[0] :]]) for order in orders])
+    tokens = torch.arange(steps, device=device)
+    return torch.stack([torch.slice_scatter(tokens, order, 0, 0, order.shape[0]) for order in orders])
 
 
 def insert(stack: Tensor, at: int) -> Tensor:
@@ -141,6 +131,13 @@ def insert(stack: Tensor, at: int) -> Tensor:
     shifted = stack + (stack >= at).to(stack.dtype)
     token = torch.full_like(stack[:, :1], at)
     return torch.cat([shifted[:, :at], token, shifted[:, at:]], dim=1)
+
+
+def _padded_window(height: int, width: int, size: int, device: Optional[torch.device] = None) -> Tensor:
+    """As `window`, but all windows are whole: what the last ones lack is padding."""
+    grid = _padded_grid(height, width, size, device)
+    rows, columns = (height + size - 1) // size, (width + size - 1) // size
+    return grid.view(rows, size, columns, size).permute(0, 2, 1, 3).flatten()
 
 
 def _padded_grid(height: int, width: int, size: int, device: Optional[torch.device]) -> Tensor:

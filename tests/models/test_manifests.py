@@ -29,7 +29,10 @@ def _official(manifest: str) -> tuple[dict[str, torch.Tensor], int]:
 def _names(manifest: str) -> list[str]:
     """Our names (`arch.tag`) of the weights that a manifest describes: those whose file it places where we do."""
     place = set(re.split(r"[\s'(),]+(?:f/)?", " ".join(_content(manifest)["hub_or_release"].values())))
-    return [name for name, cfg in CFGS.items() if _file(name) in place and cfg.hf_hub_id in {None, *place}]
+    names = [name for name, cfg in CFGS.items() if _file(name) in place and cfg.hf_hub_id in {None, *place}]
+    # A manifest may also name the file of another model, which a wrong link leads to.
+    exact = [name for name in names if _file(name).partition(".")[0] == manifest]
+    return exact or names
 
 
 def _file(name: str) -> str:
@@ -74,7 +77,10 @@ def test_cfg_says_what_was_published(name: str, manifest: str) -> None:
     content, cfg = _content(manifest), CFGS[name]
     stated = json.dumps({key: value for key, value in content.items() if key != "state_dict"})
     if cfg.url:
-        assert cfg.url.endswith(content["hub_or_release"]["release"].split("path ")[1].rstrip(")"))
+        release = content["hub_or_release"]["release"]
+        path = re.search(r"path ([^)]+)", release)
+        version = re.search(r" (v[\d.]+) ", release)
+        assert cfg.url.endswith(path[1] if path else f"/releases/download/{version[1]}/{_file(name)}")
     assert cfg.license
     assert cfg.input_size[-1] == content["published"]["res"]
     for field, value in content.get("default_cfg", {}).items():

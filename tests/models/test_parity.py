@@ -13,6 +13,11 @@ from ssmvision_tools import verify
 
 PARITY = Path(__file__).parents[1] / "parity"
 CASES = [
+    "efficientvmamba",
+    "groupmamba",
+    "localvim_midcls",
+    "localvim_rope",
+    "localvmamba",
     "mambavision",
     "mambavision_ls",
     "mlla",

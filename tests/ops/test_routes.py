@@ -37,6 +37,11 @@ def test_every_order_visits_every_token_once(order, height, width):
         (routes.atrous(3, 3, 2), [0, 2, 6, 8, 1, 7, 3, 5, 4]),
         (routes.bidirectional(3), [[0, 1, 2], [2, 1, 0]]),
         (routes.cross(2, 2), [[0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0], [3, 1, 2, 0]]),
+        (routes.atrous_cross(4, 4), [[0, 2, 8, 10], [4, 12, 6, 14], [1, 3, 9, 11], [5, 13, 7, 15]]),
+        (routes.atrous_cross(3, 3), [[0, 2, 6, 8], [3, 12, 5, 14], [1, 9, 7, 11], [4, 13, 10, 15]]),
+        (routes.local(2, 4, ["w2", "v_flip"]), [[0, 1, 4, 5, 2, 3, 6, 7], [7, 3, 6, 2, 5, 1, 4, 0]]),
+        (routes.local(2, 3, ["w2", "w2_flip", "h"]), [[0, 1, 3, 4, 2, 6, 5, 7], [7, 5, 6, 2, 4, 3, 1, 0], [*range(8)]]),
+        (routes.insert(routes.local(2, 2, ["h_flip", "v"]), 2), [[4, 3, 2, 1, 0], [0, 3, 2, 1, 4]]),
         (routes.raster([2, 2, 3], [0, 1, 2]), list(range(12))),
         (routes.raster([2, 2, 3], [2, 1, 0]), [0, 6, 3, 9, 1, 7, 4, 10, 2, 8, 5, 11]),
         (routes.raster([2, 2, 3], [0, 2, 1]), [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]),
@@ -47,6 +52,31 @@ def test_every_order_visits_every_token_once(order, height, width):
 )
 def test_small_grids(found, wanted):
     assert found.tolist() == wanted
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (7, 1), (4, 4), (5, 7), (14, 14)])
+def test_padded_routes_visit_every_token_and_all_padding_once(height, width):
+    directions = ["h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w7", "w7_flip"]
+    padding = sum(-(-height // k) * k * -(-width // k) * k - height * width for k in (2, 7))
+    stack = routes.local(height, width, directions)
+    assert torch.equal(stack.sort().values, torch.arange(height * width + padding).expand(8, -1))
+    own = stack[:2, : height * width]
+    assert torch.equal(own[0], routes.row(height, width))
+    assert torch.equal(own[1], routes.row(height, width).flip(0))
+    covered = routes.atrous_cross(height, width).flatten().sort().values
+    assert torch.equal(covered, torch.arange(-(-height // 2) * -(-width // 2) * 4))
+
+
+def test_windows_without_padding_are_those_of_window():
+    stack = routes.local(4, 6, ["w2", "w2_flip"])
+    assert torch.equal(stack[0], routes.window(4, 6, 2))
+    assert torch.equal(stack[1], routes.window(4, 6, 2).flip(0))
+
+
+def test_an_inserted_token_is_met_at_its_step():
+    stack = routes.insert(routes.local(5, 7, ["w2", "v_flip"]), 17)
+    assert (stack[:, 17] == 17).all()
+    assert torch.equal(stack.sort().values, torch.arange(stack.shape[1]).expand(2, -1))
 
 
 @pytest.mark.parametrize("route", [routes.window(5, 7, 2), routes.cross(5, 7)], ids=["one", "stack"])
@@ -67,8 +97,14 @@ def test_routes_are_made_on_the_asked_device(make):
     assert make(2, 3, device=torch.device("meta")).device.type == "meta"
 
 
-@pytest.mark.parametrize("name", ["row", "column", "serpentine", "cross", "window", "atrous", "bidirectional"])
+@pytest.mark.parametrize(
+    "name",
+    ["row", "column", "serpentine", "cross", "window", "atrous", "atrous_cross", "local", "insert", "bidirectional"],
+)
 def test_routes_script(name):
-    arguments = {"window": (4, 6, 2), "atrous": (4, 6, 2), "bidirectional": (24,)}.get(name, (4, 6))
+    arguments = {
+        "window": (4, 6, 2), "atrous": (4, 6, 2), "bidirectional": (24,), "local": (5, 6, ["h_flip", "v", "w4_flip"]),
+        "insert": (routes.cross(2, 3), 3),
+    }.get(name, (4, 6))  # fmt: skip
     function = getattr(routes, name)
     assert torch.equal(torch.jit.script(function)(*arguments), function(*arguments))
