@@ -6,7 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmvision.layers import SS2D, BiMamba, MambaVisionMixer, NonCausalSSD, ScalarSS2D, StructureAwareSSM
+from ssmvision.layers import (
+    SS2D,
+    AtrousSS2D,
+    BiMamba,
+    GroupedSS2D,
+    LocalSS2D,
+    MambaVisionMixer,
+    ModulatedGroupMamba,
+    NonCausalSSD,
+    ScalarSS2D,
+    StructureAwareSSM,
+)
 
 LAYERS = {
     "SS2D": (lambda **dd: SS2D(8, **dd), (2, 5, 7, 8)),
@@ -14,6 +25,10 @@ LAYERS = {
         lambda **dd: SS2D(8, d_state=3, ssm_ratio=1.5, dt_rank=2, conv_bias=True, gate=True, **dd),
         (2, 4, 6, 8),
     ),
+    "AtrousSS2D": (lambda **dd: AtrousSS2D(8, d_state=3, gate=True, **dd), (2, 5, 7, 8)),
+    "LocalSS2D": (lambda **dd: LocalSS2D(8, ("h", "w2_flip", "w3"), d_state=3, **dd), (2, 4, 5, 8)),
+    "GroupedSS2D": (lambda **dd: GroupedSS2D(32, **dd), (2, 5, 7, 32)),
+    "ModulatedGroupMamba": (lambda **dd: ModulatedGroupMamba(64, **dd), (2, 5, 7, 64)),
     "ScalarSS2D": (lambda **dd: ScalarSS2D(8, d_state=4, dt_rank=4, **dd), (1, 5, 3, 8)),
     "BiMamba": (lambda **dd: BiMamba(8, **dd), (2, 9, 8)),
     "MambaVisionMixer": (lambda **dd: MambaVisionMixer(8, **dd), (2, 9, 8)),
