@@ -6,7 +6,6 @@ from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
 from .linear_attention import MambaLikeLinearAttention
 from .local_mamba import LocalMamba
-from .local_scan import LocalMamba, LocalSS2D
 from .mamba import Mamba
 from .mambavision_mixer import MambaVisionMixer
 from .noncausal_ssd import NonCausalSSD
