@@ -13,8 +13,8 @@ from torch import nn
 
 import ssmvision.models as _families  # registers our models with timm
 import ssmvision.segmentation  # noqa: F401 - registers what timm's registry cannot hold
-from ssmvision.models._builder import load_weights
-from ssmvision.models._networks import create_network, is_network, list_networks
+from ssmvision.models._builder import announce_licence, load_weights
+from ssmvision.models._networks import create_network, is_network, licence_of, list_networks
 
 __all__ = ["create_model", "is_model", "list_models"]
 
@@ -93,6 +93,7 @@ def create_model(
         network = create_network(model_name, pretrained, **kwargs)
         if checkpoint_path:
             load_weights(network, checkpoint_path)
+            announce_licence(model_name, licence_of(model_name))
         return network
     source, name = parse_model_name(model_name)
     if source is None:

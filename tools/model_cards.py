@@ -1,4 +1,4 @@
-"""Write `model_cards/<arch>.<tag>.md` for every registered weight.
+"""Write `model_cards/<arch>.<tag>.md` for every registered weight, and a card for every network that has none.
 
 python tools/model_cards.py            write the cards
 python tools/model_cards.py --check    exit 1 if a card differs from what would be written
@@ -16,21 +16,29 @@ import timm
 from timm.models import model_entrypoint
 
 from ssmvision import create_model, list_models
-from ssmvision.hub import Published, render_card
+from ssmvision.hub import Published, render_card, render_network_card
+from ssmvision.models._networks import TWIN, is_network, network_cfg
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 
 
 def render_all() -> dict[str, str]:
-    """The card of every registered weight, by file name."""
+    """The card of every registered weight, and of every network with its twin, by file name."""
     # Also those that must be downloaded by hand, which timm does not count as pretrained.
     published = (name for name in list_models(include_tags=True) if name in _of_family(name))
-    return {f"{name}.md": _render(name) for name in sorted({*list_models(pretrained=True), *published})}
+    weights = {f"{name}.md": _render(name) for name in sorted({*list_models(pretrained=True), *published})}
+    networks = [name for name in list_models(exclude_filters=["test_*", f"*{TWIN}"]) if is_network(name)]
+    return weights | {f"{name}.md": _render_network(name) for name in networks}
 
 
 def _render(name: str) -> str:
     cfg = timm.models.get_arch_pretrained_cfgs(name)[name].to_dict()
     return render_card(name, cfg, _published(name), _parameters(name))
+
+
+def _render_network(name: str) -> str:
+    cfg = network_cfg(name)
+    return render_network_card(name, cfg, _parameters(name), _parameters(cfg.twin) if cfg.twin else 0)
 
 
 def _of_family(name: str) -> dict[str, Published]:

@@ -10,11 +10,13 @@ from .checkpoint import (
     read_checkpoint,
 )
 from .download import DownloadError, fetch_from_hub, fetch_url, file_sha256
+from .network_cards import NetworkCfg, render_network_card
 
 __all__ = [
     "CheckpointError",
     "DownloadError",
     "KeyReport",
+    "NetworkCfg",
     "Published",
     "compare_keys",
     "extract_state_dict",
@@ -24,4 +26,5 @@ __all__ = [
     "load_state_dict",
     "read_checkpoint",
     "render_card",
+    "render_network_card",
 ]

@@ -88,7 +88,7 @@ def build_model(
             kept.pop("state_dict", None)
     if pretrained:
         published = _published(model_cls, cfg, variant)
-        _announce_licence(f"{variant}{_dot(cfg.tag)}", (published and published.weights_license) or cfg.license or "")
+        announce_licence(f"{variant}{_dot(cfg.tag)}", (published and published.weights_license) or cfg.license or "")
     return model
 
 
@@ -234,6 +234,7 @@ def _forbids_commercial_use(licence: str) -> bool:
 
 
 @cache
-def _announce_licence(name: str, licence: str) -> None:
+def announce_licence(name: str, licence: str) -> None:
+    """Warn, once in a process, if a licence of weights forbids commercial use."""
     if _forbids_commercial_use(licence):
         warnings.warn(f"The weights {name} come under {licence}, which forbids commercial use.", stacklevel=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -13,42 +13,21 @@ import timm
 import torch
 from torch import nn
 
-__all__ = ["NetworkCfg", "create_network", "is_network", "list_networks", "network_cfg", "register_network"]
+from ssmvision.hub import NetworkCfg
+
+__all__ = [
+    "NetworkCfg",
+    "create_network",
+    "family_of",
+    "is_network",
+    "list_networks",
+    "network_cfg",
+    "register_network",
+]
 
 Entrypoint = Callable[..., nn.Module]
 
 TWIN = "_nossm"
-
-
-@dataclass(frozen=True)
-class NetworkCfg:
-    """What is known of a network by name; nothing of it was measured here.
-
-    Args:
-        paper_name: Title of the paper.
-        paper_ids: Its identifier, such as `arXiv:2401.04722`.
-        origin_url: The official repository.
-        license: Of the official code.
-        weights_license: Of the official weights, where it is not that of the code.
-        by_hand: Where a person gets the official weights; empty if none were published.
-        input_size: One sample in the shape that the paper trained on, channels first.
-        results: What the authors report: data and metric → value as they write it.
-        results_source: Address that states these.
-        caveats: What a user should know before relying on the network.
-        twin: Name of the same network without its SSM, or of the one with it; empty if there is none.
-    """
-
-    paper_name: str
-    paper_ids: str
-    origin_url: str
-    license: str
-    weights_license: str = ""
-    by_hand: str = ""
-    input_size: tuple[int, ...] = ()
-    results: tuple[tuple[str, str], ...] = ()
-    results_source: str = ""
-    caveats: tuple[str, ...] = ()
-    twin: str = ""
 
 
 _NETWORKS: dict[str, tuple[Entrypoint, NetworkCfg]] = {}
@@ -94,6 +73,12 @@ def is_network(name: str) -> bool:
 def network_cfg(name: str) -> NetworkCfg:
     """What is known of a network."""
     return _NETWORKS[name][1]
+
+
+def licence_of(name: str) -> str:
+    """The licence of a network's official weights."""
+    cfg = network_cfg(name)
+    return cfg.weights_license or cfg.license
 
 
 def list_networks(filters: list[str], modules: list[str], excluded: list[str]) -> list[str]:

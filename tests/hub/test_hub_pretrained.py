@@ -142,7 +142,7 @@ def test_weights_that_no_program_can_download_say_where_they_are(reference, offi
 
 
 def test_licences_that_forbid_commercial_use_are_announced_once(reference, recwarn):
-    _builder._announce_licence.cache_clear()
+    _builder.announce_licence.cache_clear()
     for _ in range(2):
         ssmvision.create_model("toyssm_a.nc", pretrained=True)
         ssmvision.create_model(NAME, pretrained=True)

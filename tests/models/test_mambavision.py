@@ -167,7 +167,7 @@ def test_the_licence_is_announced_once(tmp_path: Path) -> None:
     weights, arguments = official_weights()
     torch.save({"state_dict": weights}, tmp_path / "w.pth.tar")
     overlay = {"file": str(tmp_path / "w.pth.tar"), "num_classes": arguments["num_classes"]}
-    _builder._announce_licence.cache_clear()
+    _builder.announce_licence.cache_clear()
     seen = []
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
