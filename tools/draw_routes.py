@@ -52,6 +52,7 @@ def stacks() -> dict[str, tuple[str, Tensor, int]]:
     """Stacks of routes that run in one call: title -> (the call, the routes, width of the grid)."""
     return {
         "bidirectional": ("bidirectional(l)", routes.bidirectional(8), 8),
+        "continuous": ("continuous(h, w)", routes.continuous(4, 4), 4),
         "cross": ("cross(h, w)", routes.cross(4, 4), 4),
         "local": (f"local(h, w, {LOCAL})", routes.local(4, 4, LOCAL), 4),
         "atrous cross": ("atrous_cross(h, w)", routes.atrous_cross(4, 4), 4),
@@ -60,9 +61,9 @@ def stacks() -> dict[str, tuple[str, Tensor, int]]:
 
 def draw() -> Figure:
     """One panel for each order, and one row of small panels for each stack."""
-    figure = plt.figure(figsize=(10.4, 9.4))
-    grid = figure.add_gridspec(4, 4, hspace=0.36, wspace=0.12, left=0.02, right=0.98, top=0.935, bottom=0.02,
-                               height_ratios=[1, 1, 0.56, 0.56])  # fmt: skip
+    figure = plt.figure(figsize=(10.4, 11.1))
+    grid = figure.add_gridspec(5, 4, hspace=0.36, wspace=0.12, left=0.02, right=0.98, top=0.935, bottom=0.02,
+                               height_ratios=[1, 1, 0.56, 0.56, 0.56])  # fmt: skip
     for i, (title, (call, route)) in enumerate(panels().items()):
         axes = figure.add_subplot(grid[i // 4, i % 4])
         _heading(axes, title, call)
@@ -71,6 +72,7 @@ def draw() -> Figure:
     places = {
         "bidirectional": grid[2, :2].subgridspec(2, 1, hspace=0.05), "cross": grid[2, 2:].subgridspec(1, 4),
         "local": grid[3, :2].subgridspec(1, 4), "atrous cross": grid[3, 2:].subgridspec(1, 4),
+        "continuous": grid[4, :2].subgridspec(1, 4),
     }  # fmt: skip
     for title, (call, stack, width) in stacks().items():
         for k, route in enumerate(stack):

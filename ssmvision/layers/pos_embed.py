@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 @register_notrace_function
-def resize_pos_embed(pos_embed: Tensor, new_size: List[int], old_size: List[int], cls_index: Optional[int]) -> Tensor:
+def resize_pos_embed(
+    pos_embed: Tensor, new_size: List[int], old_size: List[int], cls_index: Optional[int], antialias: bool = True
+) -> Tensor:
     """Resample a position embedding (1, tokens, c) from one grid to another.
 
     A class row is taken out first and put back at the same place in the new sequence: the middle stays the middle, the
@@ -20,13 +22,14 @@ def resize_pos_embed(pos_embed: Tensor, new_size: List[int], old_size: List[int]
         new_size: Wanted grid [height, width].
         old_size: Grid of `pos_embed`.
         cls_index: Row of the class token in `pos_embed`; None if there is none.
+        antialias: Low-pass where the grid shrinks, by another bicubic kernel; without it, as mmcls resizes.
     """
     if new_size[0] == old_size[0] and new_size[1] == old_size[1]:
         return pos_embed
     if cls_index is None:
-        return resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0)
+        return resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0, antialias=antialias)
     grid = torch.cat([pos_embed[:, :cls_index], pos_embed[:, cls_index + 1 :]], dim=1)
-    grid = resample_abs_pos_embed(grid, new_size, old_size, num_prefix_tokens=0)
+    grid = resample_abs_pos_embed(grid, new_size, old_size, num_prefix_tokens=0, antialias=antialias)
     new_index = 0 if cls_index == 0 else new_size[0] * new_size[1] // 2
     row = pos_embed[:, cls_index : cls_index + 1]
     return torch.cat([grid[:, :new_index], row, grid[:, new_index:]], dim=1)

@@ -19,19 +19,21 @@ class PatchStem(nn.Sequential):
 
 
 class PatchMerging(nn.Module):
-    """2 x 2 neighbours concatenated, normalised and projected; odd sides get a row or column of zeros."""
+    """2 x 2 neighbours concatenated, normalised and projected; odd sides get a row or column of zeros, or lose one."""
 
-    def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, out_dim: int, pad: bool = True, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
+        self.pad = pad
         dd = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(4 * dim, eps=1e-5, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, dim, h, w) → (b, out_dim, ceil(h / 2), ceil(w / 2))."""
-        B, C, H, W = x.shape
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, W % 2, 0, H % 2))
-        x = x.reshape(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        """(b, dim, h, w) → (b, out_dim, ceil(h / 2), ceil(w / 2)); floor without pad."""
+        x = x.permute(0, 2, 3, 1)
+        B, H, W, C = x.shape
+        x = F.pad(x, [0, 0, 0, W % 2, 0, H % 2]) if self.pad else x[:, : H // 2 * 2, : W // 2 * 2]
+        x = x.reshape(B, x.shape[1] // 2, 2, x.shape[2] // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 

@@ -93,6 +93,7 @@ class TokenModel(nn.Module):
         self.num_prefix_tokens = 0 if cls_position == "none" else 1
         self.global_pool = self._checked_pool(global_pool)
         self.grad_checkpointing = False
+        self.antialias = True  # of the position embedding where it is resampled
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": self.stride, "module": f"layers.{i}"} for i in range(depth)
         ]
@@ -136,7 +137,18 @@ class TokenModel(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        ends = ("pos_embed", "pos_embedding", "cls_token", ".A_log", ".A_logs", ".A_b_log", ".D", ".Ds", ".D_b")
+        ends = (
+            "pos_embed",
+            "pos_embedding",
+            "pos_embed_cls",
+            "cls_token",
+            ".A_log",
+            ".A_logs",
+            ".A_b_log",
+            ".D",
+            ".Ds",
+            ".D_b",
+        )
         return {name for name, _ in self.named_parameters() if name.endswith(ends)}
 
     @torch.jit.ignore
@@ -159,7 +171,7 @@ class TokenModel(nn.Module):
         if global_pool is not None:
             self.global_pool = self._checked_pool(global_pool)
         dd = get_device_dtype(self)
-        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
         init_linear(self.head)
 
@@ -171,7 +183,9 @@ class TokenModel(nn.Module):
         if self.pos_embed is None:
             return
         frozen = not self.pos_embed.requires_grad
-        resized = resize_pos_embed(self.pos_embed.detach(), list(self.grid_size), list(old), self._cls_index(old))
+        resized = resize_pos_embed(
+            self.pos_embed.detach(), list(self.grid_size), list(old), self._cls_index(old), self.antialias
+        )
         self.pos_embed = nn.Parameter(resized, requires_grad=not frozen)
 
     def _grid(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
@@ -207,7 +221,7 @@ class TokenModel(nn.Module):
             x = torch.cat([x[:, :at], self.cls_token.expand(B, -1, -1), x[:, at:]], dim=1)
         if self.pos_embed is not None:
             grid = self.grid_size
-            x = x + resize_pos_embed(self.pos_embed, [H, W], [grid[0], grid[1]], self._cls_index(grid))
+            x = x + resize_pos_embed(self.pos_embed, [H, W], [grid[0], grid[1]], self._cls_index(grid), self.antialias)
         return self.pos_drop(x), [H, W]
 
     def _split(self, x: Tensor) -> Tuple[Optional[Tensor], Tensor]:
@@ -286,12 +300,16 @@ class TokenModel(nn.Module):
                 x = block(x, grid)
         return self.norm_f(x)
 
+    def _class_features(self, cls: Tensor) -> Tensor:
+        """Class tokens (b, tokens, c) → what the classifier reads."""
+        return cls.flatten(1)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.global_pool:
             cls, patches = self._split(x)
             if self.global_pool == "token":
                 assert cls is not None
-                x = cls.squeeze(1)
+                x = self._class_features(cls)
             else:
                 x = patches.mean(1) if self.global_pool == "avg" else patches.amax(1)
         x = self.head_drop(x)
@@ -310,5 +328,6 @@ def fit_pos_embed(state_dict: Dict[str, Tensor], model: Any) -> Dict[str, Tensor
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(f"the checkpoint's position embedding has {patches} patches, not a square to resize from")
-    resized = resize_pos_embed(pos_embed, list(model.grid_size), [side, side], model._cls_index((side, side)))
+    at = model._cls_index((side, side))
+    resized = resize_pos_embed(pos_embed, list(model.grid_size), [side, side], at, model.antialias)
     return {**state_dict, "pos_embed": resized}

@@ -84,6 +84,13 @@ def cross(height: int, width: int, device: Optional[torch.device] = None) -> Ten
     return torch.cat([forward, forward.flip(-1)])
 
 
+def continuous(height: int, width: int, device: Optional[torch.device] = None) -> Tensor:
+    """PlainMamba's scan: serpentines over rows and columns, each there and back, (4, height * width)."""
+    rows = serpentine(height, width, device)
+    columns = column(height, width, device)[serpentine(width, height, device)]
+    return torch.stack([rows, rows.flip(0), columns, columns.flip(0)])
+
+
 def atrous_cross(height: int, width: int, device: Optional[torch.device] = None) -> Tensor:
     """EfficientVMamba's scan: every second row and column, from each of the four places to start a route of its own.
 

@@ -21,6 +21,7 @@ CASES = [
     "mambavision",
     "mambavision_ls",
     "mlla",
+    "plainmamba",
     "spatialmamba",
     "videomamba_image",
     "videomamba_image_distill",

@@ -35,6 +35,7 @@ def test_every_order_visits_every_token_once(order, height, width):
         (routes.window(3, 3, 2), [0, 1, 3, 4, 2, 5, 6, 7, 8]),
         (routes.atrous(4, 4, 2), [0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15]),
         (routes.atrous(3, 3, 2), [0, 2, 6, 8, 1, 7, 3, 5, 4]),
+        (routes.continuous(2, 3), [[0, 1, 2, 5, 4, 3], [3, 4, 5, 2, 1, 0], [0, 3, 4, 1, 2, 5], [5, 2, 1, 4, 3, 0]]),
         (routes.bidirectional(3), [[0, 1, 2], [2, 1, 0]]),
         (routes.cross(2, 2), [[0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0], [3, 1, 2, 0]]),
         (routes.atrous_cross(4, 4), [[0, 2, 8, 10], [4, 12, 6, 14], [1, 3, 9, 11], [5, 13, 7, 15]]),
@@ -99,7 +100,19 @@ def test_routes_are_made_on_the_asked_device(make):
 
 @pytest.mark.parametrize(
     "name",
-    ["row", "column", "serpentine", "cross", "window", "atrous", "atrous_cross", "local", "insert", "bidirectional"],
+    [
+        "row",
+        "column",
+        "serpentine",
+        "cross",
+        "continuous",
+        "window",
+        "atrous",
+        "atrous_cross",
+        "local",
+        "insert",
+        "bidirectional",
+    ],
 )
 def test_routes_script(name):
     arguments = {
