@@ -1,4 +1,4 @@
-"""What LocalVMamba and EfficientVMamba took over from VMamba v0: patches, merging and the names of their weights."""
+"""What several families took over from VMamba v0: patches, merging and the names of their weights."""
 
 from collections.abc import Mapping
 from typing import Any, Dict, Sequence, Union
@@ -19,6 +19,8 @@ class VSSPyramid(Pyramid):
         dims: Channels of each stage.
         in_chans: Input channels.
         channels_last: Whether the blocks of a stage see (b, h, w, dim), for each stage.
+        pad: Merging pads odd sides; otherwise it drops their last row or column.
+        norm: Normalise the last map.
         device: Device of the parameters.
         dtype: Type of the parameters.
         **kwargs: Arguments of `Pyramid`.
@@ -32,18 +34,20 @@ class VSSPyramid(Pyramid):
         channels_last: Sequence[bool],
         device: Any,
         dtype: Any,
+        pad: bool = True,
+        norm: bool = True,
         **kwargs: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         stages = [
-            Stage(PatchMerging(dims[i - 1], dims[i], **dd) if i else nn.Identity(), blocks[i], channels_last[i])
+            Stage(PatchMerging(dims[i - 1], dims[i], pad, **dd) if i else nn.Identity(), blocks[i], channels_last[i])
             for i in range(len(dims))
         ]
         super().__init__(
             patch_embed=PatchStem(in_chans, dims[0], **dd),
             stages=stages,
             dims=dims,
-            norm=LayerNorm2d(dims[-1], eps=1e-5, **dd),
+            norm=LayerNorm2d(dims[-1], eps=1e-5, **dd) if norm else nn.Identity(),
             in_chans=in_chans,
             **kwargs,
             **dd,

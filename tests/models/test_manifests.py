@@ -28,8 +28,11 @@ def _official(manifest: str) -> tuple[dict[str, torch.Tensor], int]:
 
 def _names(manifest: str) -> list[str]:
     """Our names (`arch.tag`) of the weights that a manifest describes: those whose file it places where we do."""
-    place = set(re.split(r"[\s'(),]+(?:f/)?", " ".join(_content(manifest)["hub_or_release"].values())))
-    names = [name for name, cfg in CFGS.items() if _file(name) in place and cfg.hf_hub_id in {None, *place}]
+    where = _content(manifest)["hub_or_release"]
+    if isinstance(where, str):  # files without names: one for each data set
+        return [name for name in CFGS if name.startswith(manifest)]
+    place = set(re.split(r"[\s'(),]+(?:f/)?", " ".join(where.values())))
+    names = [name for name, cfg in CFGS.items() if _file(name) in place - {""} and cfg.hf_hub_id in {None, *place}]
     # A manifest may also name the file of another model, which a wrong link leads to.
     exact = [name for name in names if _file(name).partition(".")[0] == manifest]
     return exact or names
@@ -38,7 +41,10 @@ def _names(manifest: str) -> list[str]:
 def _file(name: str) -> str:
     """The file of a weight, or the identifier of the shared file where no program can download it."""
     cfg, page = CFGS[name], _published(name).by_hand
-    return re.search("/[df]/([^/]+)", page)[1] if page else cfg.hf_hub_filename or cfg.url.rpartition("/")[2]
+    if page:
+        shared = re.search("/[df]/([^/]+)", page)
+        return shared[1] if shared else ""
+    return cfg.hf_hub_filename or cfg.url.rpartition("/")[2]
 
 
 def _published(name: str) -> Any:

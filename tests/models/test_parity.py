@@ -20,6 +20,7 @@ CASES = [
     "localvmamba",
     "mambavision",
     "mambavision_ls",
+    "medmamba",
     "mlla",
     "plainmamba",
     "spatialmamba",
