@@ -85,7 +85,7 @@ class MedMamba(VSSPyramid):
         dd = {"device": device, "dtype": dtype}
         dims = stage_dims("MedMamba", dims, depths)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        block = partial(SSConvSSM, d_state=d_state, **dd)
+        block: Any = partial(SSConvSSM, d_state=d_state, **dd)
         super().__init__(
             blocks=[[block(dim, drop_path=rate) for rate in stage] for dim, stage in zip(dims, rates, strict=True)],
             dims=dims,
