@@ -21,7 +21,9 @@ def train_one_step(head: str, backbone: str) -> None:
     assert logits.shape == (2, 2, 64, 96)
     torch.nn.functional.cross_entropy(logits, target).backward()
     unread = ("encoder.model.norm_f.", "encoder.model.head.")  # DPT takes the outputs of blocks as they are
-    gradients = {name: p.grad for name, p in model.named_parameters() if not (head == "dpt" and name.startswith(unread))}
+    gradients = {
+        name: p.grad for name, p in model.named_parameters() if not (head == "dpt" and name.startswith(unread))
+    }
     assert [name for name, gradient in gradients.items() if gradient is None] == []
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     stem = [gradient for name, gradient in gradients.items() if "patch_embed" in name and name.endswith("weight")]
