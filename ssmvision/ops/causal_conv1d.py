@@ -57,8 +57,9 @@ def causal_conv1d(
     Raises:
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
-    if not torch.jit.is_scripting() and _backend.is_lowered(backend):
-        return _composite(x, weight, bias, silu, routes, reset, "exportable")
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
+        if _backend.is_lowered(backend):
+            return _composite(x, weight, bias, silu, routes, reset, "exportable")
     return torch.ops.ssmvision.causal_conv1d(x, weight, bias, silu, routes, reset, backend)
 
 

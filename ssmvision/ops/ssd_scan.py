@@ -78,10 +78,11 @@ def ssd_scan(
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
         ValueError: A backend that does not exist or cannot run these tensors.
     """
-    if not torch.jit.is_scripting() and _backend.is_lowered(backend):
-        return _composite(
-            x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit[0], dt_limit[1], initial_state, reset, "exportable"
-        )
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
+        if _backend.is_lowered(backend):
+            return _composite(
+                x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit[0], dt_limit[1], initial_state, reset, "exportable"
+            )
     return torch.ops.ssmvision.ssd_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit[0], dt_limit[1], initial_state, reset, backend
     )
