@@ -7,6 +7,7 @@ and one `Scan` node in ONNX. Unrolled or parallel forms of a scan need the numbe
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
@@ -19,7 +20,13 @@ def loop(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, inputs: list
     """
 
     def body(state: Tensor, inputs_t: list[Tensor]) -> Any:
-        return step(state, *inputs_t)
+        state, y_t = step(state, *inputs_t)
+        return _own(state), y_t
 
-    last, y = scan(body, state, inputs)
+    last, y = scan(body, _own(state), inputs)
     return y, last
+
+
+def _own(state: Tensor) -> Tensor:
+    """The state in memory of its own and always in the same order, which the loop insists on."""
+    return state.clone(memory_format=torch.contiguous_format)
