@@ -69,7 +69,7 @@ def export_program(model: nn.Module, example: Tensor, dynamic_size: bool = False
     axes = [0, example.ndim - 2, example.ndim - 1] if dynamic_size else [0]
     try:
         with torch.no_grad(), lowered_for_export():
-            return torch.export.export(model, (example,), dynamic_shapes=({axis: Dim.DYNAMIC for axis in axes},))
+            return torch.export.export(model, (example,), dynamic_shapes=(dict.fromkeys(axes, Dim.DYNAMIC),))
     except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
         reason = str(error).strip().splitlines()[0]
         advice = "try without --dynamic-size" if dynamic_size else "please report it"

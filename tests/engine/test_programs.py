@@ -10,11 +10,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from micro_models import NAMES  # noqa: E402
+from micro_models import NAMES
 
-import ssmvision  # noqa: E402
-from ssmvision.engine import ExportError, programs  # noqa: E402
-from tools import export as tool  # noqa: E402
+import ssmvision
+from ssmvision.engine import ExportError, programs
+from tools import export as tool
 
 
 def micro(name: str) -> torch.nn.Module:
