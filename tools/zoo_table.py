@@ -40,8 +40,8 @@ def render(timings: dict[str, Any]) -> str:
     """The table as Markdown."""
     rows = [_row(name, timings["ratios"].get(name)) for name in sorted(architectures(), key=_family)]
     note = (
-        f"Top-1 is what the authors publish for the default weights, on ImageNet-1K unless named. CPU time: one forward pass at batch 1, "
-        f"224 × 224, relative to timm's Swin-T in one run ({timings['hardware']})."
+        "Top-1 is what the authors publish for the default weights, on ImageNet-1K unless named. CPU time: one forward "
+        f"pass at batch 1, 224 × 224, relative to timm's Swin-T in one run ({timings['hardware']})."
     )
     return "\n".join([HEAD, "| --- | --- | --- | --- | --- | --- | --- |", *rows, "", note])
 
