@@ -9,6 +9,6 @@ def reductions(name: str) -> list[int]:
     return [level["reduction"] for level in timm.create_model(name, device="meta").feature_info]
 
 
-NAMES = ssmvision.list_models("test_*")
+NAMES = [name for name in ssmvision.list_models("test_*") if timm.is_model(name)]
 PYRAMIDS = [name for name in NAMES if reductions(name) == [4, 8, 16, 32]]
 PLAIN = [name for name in NAMES if len(set(reductions(name))) == 1]

@@ -14,7 +14,7 @@ from micro_models import NAMES
 
 import ssmvision
 from ssmvision.engine import ExportError, programs
-from tools import export as tool
+from ssmvision_tools import export as tool
 
 
 def micro(name: str) -> torch.nn.Module:
