@@ -7,6 +7,7 @@ from .evaluate import evaluate
 from .export import export_folder
 from .models import ModelError
 from .predict import predict
+from .programs import ExportError, export_programs
 from .signals import Interrupted
 from .train import train
 from .trainer import Trainer
@@ -14,6 +15,7 @@ from .validate import validate
 
 __all__ = [
     "ConfigError",
+    "ExportError",
     "Interrupted",
     "ModelError",
     "ResumeError",
@@ -21,6 +23,7 @@ __all__ = [
     "add_model_arguments",
     "evaluate",
     "export_folder",
+    "export_programs",
     "load_checkpoint",
     "parse_with_config",
     "predict",

@@ -12,7 +12,8 @@ from PIL import Image
 from .checkpoint import atomic_write
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save_png(figure: Any, path: str | Path) -> None:
+    """Writes a matplotlib figure, the whole file or nothing."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     atomic_write(path, lambda file: file.write(png.getvalue()))
@@ -36,7 +37,7 @@ def draw_curves(history: Sequence[dict[str, Any]], path: str | Path) -> bool:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    _save(figure, path)
+    save_png(figure, path)
     return True
 
 
@@ -57,5 +58,5 @@ def draw_predictions(
     for axes, image, title, is_wrong in zip(grid, images, titles, marks, strict=False):
         axes.imshow(image.convert("RGB"))
         axes.set_title(title, fontsize=8, color="tab:red" if is_wrong else "black")
-    _save(figure, path)
+    save_png(figure, path)
     return True

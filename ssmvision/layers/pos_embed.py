@@ -4,7 +4,7 @@ from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed, register_notrace_function, resample_abs_pos_embed
+from timm.layers import apply_rot_embed, is_exporting, register_notrace_function, resample_abs_pos_embed
 from torch import Tensor
 
 
@@ -24,7 +24,8 @@ def resize_pos_embed(
         cls_index: Row of the class token in `pos_embed`; None if there is none.
         antialias: Low-pass where the grid shrinks, by another bicubic kernel; without it, as mmcls resizes.
     """
-    if new_size[0] == old_size[0] and new_size[1] == old_size[1]:
+    # Asking an export whether sizes are equal would bind it to the size it is traced with.
+    if not is_exporting() and new_size[0] == old_size[0] and new_size[1] == old_size[1]:
         return pos_embed
     if cls_index is None:
         return resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0, antialias=antialias)
@@ -38,7 +39,7 @@ def resize_pos_embed(
 @register_notrace_function
 def resize_temporal_embed(embed: Tensor, steps: int) -> Tensor:
     """Resample a position embedding over time (1, t, c) linearly to another number of steps."""
-    if embed.shape[1] == steps:
+    if not is_exporting() and embed.shape[1] == steps:
         return embed
     resized = F.interpolate(embed.float().transpose(1, 2), size=steps, mode="linear", align_corners=False)
     return resized.transpose(1, 2).to(embed.dtype)

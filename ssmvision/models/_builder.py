@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import is_exportable
 from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ssmvision.hub import CheckpointError, KeyReport, Published, compare_keys, fetch_from_hub, fetch_url
 from ssmvision.hub import load_state_dict as read_state_dict
+from ssmvision.ops import lowered_for_export
 
 __all__ = ["Published", "build_model", "convert_state_dict", "fitting_state_dict", "load_weights", "weights_cfg"]
 
@@ -86,10 +88,26 @@ def build_model(
     for module in model.modules():
         if isinstance(kept := getattr(module, "pretrained_cfg", None), dict):
             kept.pop("state_dict", None)
+    if is_exportable():
+        model.register_forward_pre_hook(_lower_operators)
+        model.register_forward_hook(_restore_operators, always_call=True)
     if pretrained:
         published = _published(model_cls, cfg, variant)
         announce_licence(f"{variant}{_dot(cfg.tag)}", (published and published.weights_license) or cfg.license or "")
     return model
+
+
+_lowered: list[Any] = []  # contexts of the models that are being called, outermost first
+
+
+# Functions of the module, since a model is copied and pickled together with its hooks.
+def _lower_operators(model: nn.Module, args: Any) -> None:
+    _lowered.append(lowered_for_export())
+    _lowered[-1].__enter__()
+
+
+def _restore_operators(model: nn.Module, args: Any, output: Any) -> None:
+    _lowered.pop().__exit__(None, None, None)
 
 
 def _fetch(cfg: PretrainedCfg, variant: str, model_cls: Any, cache_dir: str | Path | None) -> Path | None:

@@ -8,7 +8,7 @@ Official code and weights (Apache-2.0): https://github.com/hustvl/Vim
 from functools import partial
 from typing import Any, Dict, Optional, Tuple, Union
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor
 
 from ssmvision.layers import BiMamba
@@ -219,3 +219,10 @@ def test_vim(pretrained: bool = False, **kwargs: Any) -> Vim:
     """A micro model for tests."""
     args = dict(img_size=160, embed_dim=48, depth=4)
     return _create_vim("test_vim", pretrained, **dict(args, **kwargs))
+
+
+# timm has no aliases but names of the past: hidden from lists, mapped to the name of today with a warning.
+_OFFICIAL = "_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+register_model_deprecations(
+    __name__, {f"{name}{_OFFICIAL}": f"{name}.midcls_in1k" for name in _WEIGHTS if not name.startswith("vim_base")}
+)

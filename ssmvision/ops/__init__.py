@@ -1,7 +1,7 @@
 """Operators: one public function and one definition each, several backends."""
 
 from . import routes
-from ._backend import backend_info
+from ._backend import backend_info, lowered_for_export
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .fft_conv import fft_conv
 from .linear_scan import linear_scan, linear_scan_step
@@ -17,6 +17,7 @@ __all__ = [
     "linear_scan",
     "linear_scan_2d",
     "linear_scan_step",
+    "lowered_for_export",
     "resets_from_seq_idx",
     "routes",
     "selective_scan",

@@ -4,7 +4,8 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,36 @@ BACKENDS = ("auto", "cpu", "triton", "reference")
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}  # "cuda" is also what torch calls ROCm devices
 _LOADERS: dict[str, Callable[[], None]] = {"cpu": cpu.load, "triton": triton.load}
 _DEVICES: dict[str, Callable[[], tuple[str, ...]]] = {"cpu": lambda: ("cpu",), "triton": triton.devices}
+
+_lowering = 0  # how many `lowered_for_export` are open
+
+
+@contextmanager
+def lowered_for_export() -> Iterator[None]:
+    """Inside, `torch.export` and all that builds on it see operators as standard ones of torch instead of ours.
+
+    What is exported then runs where this package is not installed. Outside of an export nothing changes. A single call
+    asks for the same, at any time, by `backend="exportable"`.
+    """
+    global _lowering
+    _lowering += 1
+    try:
+        yield
+    finally:
+        _lowering -= 1
+
+
+def is_lowered(requested: str) -> bool:
+    """Whether a call goes to `ops.exportable`, past torch's dispatcher, which an export would record."""
+    return requested == "exportable" or (_lowering > 0 and torch.compiler.is_exporting())
+
+
+def run(operator: str, *args: Any) -> Any:
+    """Calls a canonical operator, the last of whose arguments is the backend."""
+    *rest, backend = args
+    if backend == "exportable":
+        return _module(backend, operator).forward(*rest)
+    return getattr(torch.ops.ssmvision, f"{operator}_forward")(*args)
 
 
 def choose(operator: str, requested: str, x: Tensor) -> Any:

@@ -57,6 +57,9 @@ def causal_conv1d(
     Raises:
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
+        if _backend.is_lowered(backend):
+            return _composite(x, weight, bias, silu, routes, reset, "exportable")
     return torch.ops.ssmvision.causal_conv1d(x, weight, bias, silu, routes, reset, backend)
 
 
@@ -113,9 +116,10 @@ def _composite(
     one = reset is not None and reset.shape[1] == 1
     expect_reset("causal_conv1d", reset, (x.shape[0], 1 if one else k, x.shape[-1]))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = torch.ops.ssmvision.causal_conv1d_forward(
-        cast_token(x.unsqueeze(1), dtype), cast(weight, dtype), cast(bias, dtype), routes, reset, silu, backend
-    )
+    y = _backend.run(
+        "causal_conv1d", cast_token(x.unsqueeze(1), dtype), cast(weight, dtype), cast(bias, dtype), routes, reset, silu,
+        backend,
+    )  # fmt: skip
     y = cast(y, x.dtype)
     return y.squeeze(1) if single else y
 

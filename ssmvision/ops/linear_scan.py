@@ -60,6 +60,9 @@ def linear_scan(
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
         ValueError: A backend that does not exist or cannot run these tensors.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
+        if _backend.is_lowered(backend):
+            return _composite(a, x, initial_state, reset, reverse, "exportable")
     return torch.ops.ssmvision.linear_scan(a, x, initial_state, reset, reverse, backend)
 
 
@@ -128,8 +131,9 @@ def _composite(
         t = t.view(*t.shape[:-2], *state, *[2] * pairs)
         return torch.view_as_complex(t) if pairs else t
 
-    h, last = torch.ops.ssmvision.linear_scan_forward(
-        decay, canonical(x), None if initial_state is None else canonical(initial_state), reset, reverse, backend
+    h, last = _backend.run(
+        "linear_scan", decay, canonical(x), None if initial_state is None else canonical(initial_state), reset, reverse,
+        backend,
     )  # fmt: skip
     return cast(restored(h), dtype), restored(last)
 

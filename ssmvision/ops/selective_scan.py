@@ -95,6 +95,12 @@ def selective_scan(
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
         ValueError: A backend that does not exist or cannot run these tensors.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
+        if _backend.is_lowered(backend):
+            return _composite(
+                u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge,
+                "exportable",
+            )  # fmt: skip
     return torch.ops.ssmvision.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge, backend
     )
@@ -195,9 +201,9 @@ def _composite(
             cast(x, dtype), cast(delta, dtype), A, B, C, D, delta_bias, dt_proj, initial_state, *options
         )
     else:
-        y, last, _ = torch.ops.ssmvision.selective_scan_forward(
-            cast_token(x, dtype), cast_token(delta, dtype), cast(A, dtype), cast_token(B, dtype), cast_token(C, dtype),
-            D, delta_bias, dt_proj, cast(initial_state, dtype), *options,
+        y, last, _ = _backend.run(
+            "selective_scan", cast_token(x, dtype), cast_token(delta, dtype), cast(A, dtype), cast_token(B, dtype),
+            cast_token(C, dtype), D, delta_bias, dt_proj, cast(initial_state, dtype), *options,
         )  # fmt: skip
     if merge or not routed:
         y = y.squeeze(1)

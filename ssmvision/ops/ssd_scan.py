@@ -78,6 +78,11 @@ def ssd_scan(
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
         ValueError: A backend that does not exist or cannot run these tensors.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
+        if _backend.is_lowered(backend):
+            return _composite(
+                x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit[0], dt_limit[1], initial_state, reset, "exportable"
+            )
     return torch.ops.ssmvision.ssd_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit[0], dt_limit[1], initial_state, reset, backend
     )
@@ -157,8 +162,8 @@ def _composite(
     expect_reset("ssd_scan", reset, (b, length))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     step = _step_size(cast(dt, dtype), cast(dt_bias, dtype), dt_softplus, dt_min, dt_max)
-    y, last, _ = torch.ops.ssmvision.ssd_scan_forward(
-        cast_token(x, dtype), step, cast(A, dtype), cast_token(B, dtype), cast_token(C, dtype),
+    y, last, _ = _backend.run(
+        "ssd_scan", cast_token(x, dtype), step, cast(A, dtype), cast_token(B, dtype), cast_token(C, dtype),
         cast(initial_state, dtype), reset, backend,
     )  # fmt: skip
     return cast(_skip_and_gate(y, x, cast(D, dtype), cast(z, dtype)), x.dtype), last

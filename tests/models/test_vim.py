@@ -117,3 +117,12 @@ def test_what_was_never_published_is_refused(name: str, value) -> None:
     assert from_official("VisionMamba", official).model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         from_official("VisionMamba", official | {name: value})
+
+
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "vim_small_patch16_stride8_224"])
+def test_official_names_still_work(name):
+    official = f"{name}_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+    with pytest.warns(UserWarning, match=rf"{name}\.midcls_in1k"):
+        model = ssmvision.create_model(official, device="meta")
+    assert model.pretrained_cfg["tag"] == "midcls_in1k"
+    assert official not in ssmvision.list_models()

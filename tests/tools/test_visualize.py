@@ -1,0 +1,76 @@
+"""The pictures of what a model sees."""
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("matplotlib")
+from ssmvision import create_model
+from ssmvision.engine import visualize as engine
+from tools import visualize as tool
+
+
+@pytest.fixture
+def photo(tmp_path):
+    columns, rows = torch.meshgrid(torch.linspace(0, 255, 80), torch.linspace(0, 255, 96), indexing="xy")
+    pixels = torch.stack([columns, rows, (columns * rows / 255)], dim=2).to(torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures"),
+    [
+        ("test_vmamba", ["receptive-field", "routes", "features"]),
+        ("test_vim", ["receptive-field", "routes", "features"]),
+        ("test_vssd", ["receptive-field", "features"]),
+    ],
+)
+def test_pictures_are_written_and_named(name, pictures, photo, tmp_path, capsys):
+    assert tool.main([str(photo), "--model", name, "--output", str(tmp_path / "out")]) == 0
+    files = [tmp_path / "out" / f"{name}_{picture}.png" for picture in pictures]
+    out = capsys.readouterr().out
+    for file in files:
+        assert str(file) in out
+        with Image.open(file) as image:
+            assert len(image.convert("L").getcolors()) > 50, "an empty picture"
+    assert sorted((tmp_path / "out").iterdir()) == sorted(files)
+
+
+def test_a_receptive_field_is_what_reaches_the_centre():
+    convolution = torch.nn.Conv2d(3, 4, 3, padding=1)
+    convolution.forward_intermediates = lambda x, indices, intermediates_only: [convolution(x) + 1e3]
+    field = engine.receptive_field(convolution, torch.randn(2, 3, 9, 9))
+    assert field.max() == 1
+    assert {tuple(at) for at in field.nonzero().tolist()} == {(i, j) for i in (3, 4, 5) for j in (3, 4, 5)}
+
+
+def test_routes_add_up_to_what_the_scan_gives():
+    model = create_model("test_vmamba").eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        plain = model(image)
+        with engine._PerRoute() as scans:
+            assert torch.equal(model(image), plain)
+        layers = engine.route_contributions(model, image)
+    assert [tuple(norms.shape) for norms, _ in layers] == [(4, 16, 16), (4, 8, 8), (4, 4, 4), (4, 4, 4), (4, 2, 2)]
+    assert layers[0][1] == ["rows", "columns", "rows, reversed", "columns, reversed"]
+    y, _ = scans.found[0]
+    torch.testing.assert_close(y[0].norm(dim=1).unflatten(1, (16, 16)), layers[0][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{photo}", "--model", "vimm"], "There is no model named 'vimm'"),
+        (["{text}", "--model", "test_vim"], "1 of 1 files are no images that can be read:\n  {text}: not an image"),
+        (["nowhere.png", "--model", "test_vim"], "nowhere.png does not exist."),
+        (["{photo}", "--model", "test_vssd", "--picture", "routes"], "VSSD has no scan over a whole map."),
+    ],
+)
+def test_errors_are_one_sentence(arguments, message, photo, tmp_path, capsys):
+    (tmp_path / "text.jpg").write_text("no image")
+    names = {"photo": photo, "text": tmp_path / "text.jpg"}
+    arguments = [argument.format(**names) for argument in arguments]
+    assert tool.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message.format(**names) in capsys.readouterr().err
