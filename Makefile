@@ -15,8 +15,10 @@ help:
 $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
+# nnU-Net's architectures ask for an older timm than ours does, and use nothing of it that changed: hence --no-deps.
 venv: $(RUN)
 	$(RUN) -m pip install --quiet -e ".[dev]"
+	$(RUN) -m pip install --quiet --no-deps "nnunetv2>=2.8,<2.9" "dynamic-network-architectures>=0.4.4"
 
 # Only what training needs: the development tools would double the wait for a first result.
 $(VENV)/.train: pyproject.toml | $(RUN)
