@@ -56,6 +56,7 @@ class Launch(NamedTuple):
         arguments: Tensors, numbers and absent (None) arguments by name.
         constants: Compile-time arguments by name.
         num_warps: Warps per program.
+        registers: What NVIDIA's assembler may use per thread, which otherwise takes all there are for a lone warp.
     """
 
     kernel: Any
@@ -63,14 +64,21 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
+    registers: int | None = None
 
     def run(self) -> None:
         """Launch on the device of the tensors; nothing happens where there is nothing to do."""
         if 0 in self.grid:
             return
         with _device_of(self.arguments):
-            # One stage: software pipelining of such recurrences is miscompiled on Blackwell by some versions of Triton.
-            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=1)
+            options = self.options("hip" if torch.version.hip else "cuda")
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+    def options(self, backend: str) -> dict[str, int]:
+        """What else the compiler is told, on "cuda" or "hip"."""
+        # One stage: software pipelining of such recurrences is miscompiled on Blackwell by some versions of Triton.
+        limit = {"maxnreg": self.registers} if self.registers and backend == "cuda" else {}
+        return {"num_warps": self.num_warps, "num_stages": 1, **limit}
 
 
 class Variant(NamedTuple):
@@ -96,11 +104,9 @@ def _device_of(arguments: dict[str, Any]) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """(b, k, c, l) with adjacent channels: itself, or a copy."""
-    if x.stride(-2) == 1 or x.shape[-2] == 1:
-        return x
-    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+def warp_size(x: Tensor) -> int:
+    """Lanes of a warp on the device of `x`: 64 on AMD's CDNA, 32 elsewhere."""
+    return torch.cuda.get_device_properties(x.device).warp_size if x.is_cuda else 32
 
 
 def strides(name: str, x: Tensor | None, *axes: str) -> dict[str, int]:
