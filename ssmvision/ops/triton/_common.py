@@ -56,7 +56,7 @@ class Launch(NamedTuple):
         arguments: Tensors, numbers and absent (None) arguments by name.
         constants: Compile-time arguments by name.
         num_warps: Warps per program.
-        registers: What NVIDIA's assembler may use per thread, which otherwise takes all there are for a lone warp.
+        registers: What the assembler may use per thread, which otherwise takes all that there are for a lone warp.
     """
 
     kernel: Any
@@ -77,7 +77,9 @@ class Launch(NamedTuple):
     def options(self, backend: str) -> dict[str, int]:
         """What else the compiler is told, on "cuda" or "hip"."""
         # One stage: software pipelining of such recurrences is miscompiled on Blackwell by some versions of Triton.
-        limit = {"maxnreg": self.registers} if self.registers and backend == "cuda" else {}
+        limit = {}
+        if self.registers:
+            limit = {"maxnreg": self.registers} if backend == "cuda" else {"waves_per_eu": 512 // self.registers}
         return {"num_warps": self.num_warps, "num_stages": 1, **limit}
 
 

@@ -23,7 +23,7 @@ from .._library import CHUNK, Gradients, empty_like_layout, no_autocast
 from ._common import LOG2E, Launch, Variant, power_of_two, sigmoid, softplus, strides, warp_size
 
 _STEPS = 8  # of a tile; `_rows` and `_tile` know this number
-_STATES, _STATES_BACKWARD = 16, 8  # at most so many per lane; others follow in turn, or in programs of their own
+_STATES, _STATES_BACKWARD = 16, 16  # at most so many per lane; others follow in turn, or in programs of their own
 _ENOUGH = 256  # programs that keep a GPU busy: with fewer, routes run in programs of their own
 _REGISTERS, _REGISTERS_BACKWARD = 128, 232
 
@@ -133,7 +133,7 @@ def _backward_launch(
     programs = u.shape[0] * A.shape[0] * triton.cdiv(A.shape[2], _STATES_BACKWARD) * triton.cdiv(u.shape[2], lanes)
     dlast = None if dlast is None else dlast.transpose(-1, -2).contiguous()
     arguments |= {"dy_ptr": dy, **strides("dy", dy, "b", "k", "d", "l"), "dlast_ptr": dlast, "saved_ptr": checkpoints}
-    arguments |= {"states_ptr": A.new_empty(programs, CHUNK // _STEPS, block, lanes)}
+    arguments |= {"states_ptr": A.new_empty(programs, CHUNK // _STEPS + _STEPS, block, lanes)}
     arguments |= {f"{name}_ptr": x for name, x in grads.items()}
     constants |= {"BLOCK": block, "SOFTPLUS": delta_softplus}
     return Launch(_backward_kernel, (programs,), arguments, constants, num_warps=1, registers=_REGISTERS_BACKWARD)
@@ -252,7 +252,7 @@ def _backward_kernel(
     """The adjoint of a tile of channels along one route, for a block of states.
 
     Per chunk, from the last: forward once, keeping the state before every tile; then, tile by tile from the last,
-    forward again, keeping the state after every step, and backward through the steps.
+    forward again, keeping the state before every step, and backward through the steps.
     """
     tiles: tl.constexpr = tl.cdiv(DIM, CHANNELS)
     blocks: tl.constexpr = tl.cdiv(STATES, BLOCK)
@@ -267,7 +267,7 @@ def _backward_kernel(
     inside = _inside(n, known, STATES, BLOCK)
     states = _places(n, c, lane, DIM, BLOCK)
     kept = _places(0, tl.arange(0, CHANNELS), lane, CHANNELS, BLOCK)
-    states_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // STEPS) * BLOCK * CHANNELS
+    states_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // STEPS + STEPS) * BLOCK * CHANNELS
     A2 = tl.load(A_ptr + k * STATES * DIM + states, mask=inside, other=0.0) * LOG2E
     dh, dA = tl.zeros((BLOCK, CHANNELS), tl.float32), tl.zeros((BLOCK, CHANNELS), tl.float32)
     if dlast_ptr is not None:
@@ -315,39 +315,45 @@ def _backward_kernel(
             raw = _raw_steps(delta_ptr, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, RANK, DIM)
             dt = tl.where((s < steps)[:, None], softplus(raw) if SOFTPLUS else raw, 0.0)
             us, dts, dys = _rows(u), _rows(dt), _rows(dy)
-            before, after, cuts, tokens = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
-            for i in tl.static_range(STEPS):
+            for i in range(STEPS):
+                tl.store(states_ptr + (CHUNK // STEPS + i) * BLOCK * CHANNELS + kept, h)
                 t = _token(routes_ptr, k, start + i, steps)
                 B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
                 cut = _cut(reset_ptr, flags + t, start + i, initial_ptr is None)
-                h = tl.where(cut, 0.0, h) if reset_ptr is not None else h
-                before += tl.tuple([h])
-                decay = tl.exp2(tl.where(cut, 0.0, dts[i])[None, :] * A2)
-                h = decay * h + (dts[i] * us[i].to(tl.float32))[None, :] * B
-                after += tl.tuple([h])
-                cuts += tl.tuple([cut])
-                tokens += tl.tuple([t])
-            dus, ddts = tl.tuple([]), tl.tuple([])
-            for j in tl.static_range(STEPS):
-                i: tl.constexpr = STEPS - 1 - j
-                B = _coefficient(B_row, tokens[i] * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
-                C = _coefficient(C_row, tokens[i] * C_l, n, inside, UNIFORM_C, STATES, BLOCK)
-                x, dy_row = us[i].to(tl.float32), dys[i].to(tl.float32)
+                decay = tl.exp2(tl.where(cut, 0.0, dts[0])[None, :] * A2)
+                h = tl.where(cut, 0.0, decay * h) + (dts[0] * us[0].to(tl.float32))[None, :] * B
+                us, dts = us[1:] + us[:1], dts[1:] + dts[:1]
+            tl.debug_barrier()
+            dus = tl.tuple([tl.zeros((CHANNELS,), tl.float32)] * STEPS)
+            ddts = dus
+            for count_i in range(STEPS):
+                i = STEPS - 1 - count_i
+                us, dts, dys = us[7:] + us[:7], dts[7:] + dts[:7], dys[7:] + dys[:7]
+                t, x, dt_row, dy_row = (
+                    _token(routes_ptr, k, start + i, steps), us[0].to(tl.float32), dts[0], dys[0].to(tl.float32),
+                )  # fmt: skip
+                B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
+                C = _coefficient(C_row, t * C_l, n, inside, UNIFORM_C, STATES, BLOCK)
+                cut = _cut(reset_ptr, flags + t, start + i, initial_ptr is None)
+                decay = tl.exp2(tl.where(cut, 0.0, dt_row)[None, :] * A2)
+                before = tl.load(states_ptr + (CHUNK // STEPS + i) * BLOCK * CHANNELS + kept)
+                kept_before = tl.where(cut, 0.0, decay * before)
+                drive = (dt_row * x)[None, :]
                 grad = dh + dy_row[None, :] * C
-                place = (sequence * (tiles if UNIFORM_C else DIM) * length + tokens[i]) * STATES + n
-                _store_part(dC_ptr + place, dy_row[None, :] * after[i], tile, c, known, n, start + i < steps, length,
-                            UNIFORM_C, STATES, BLOCK)  # fmt: skip
-                place = (sequence * (tiles if UNIFORM_B else DIM) * length + tokens[i]) * STATES + n
-                _store_part(dB_ptr + place, grad * (dts[i] * x)[None, :], tile, c, known, n, start + i < steps, length,
-                            UNIFORM_B, STATES, BLOCK)  # fmt: skip
-                dh = grad * tl.exp2(tl.where(cuts[i], 0.0, dts[i])[None, :] * A2)
-                dh = tl.where(cuts[i], 0.0, dh)
-                slope = dh * before[i]
-                dA += slope * dts[i][None, :]
+                place = (sequence * (tiles if UNIFORM_C else DIM) * length + t) * STATES + n
+                _store_part(dC_ptr + place, dy_row[None, :] * (kept_before + drive * B), tile, c, known, n,
+                            start + i < steps, length, UNIFORM_C, STATES, BLOCK)  # fmt: skip
+                place = (sequence * (tiles if UNIFORM_B else DIM) * length + t) * STATES + n
+                _store_part(dB_ptr + place, grad * drive, tile, c, known, n, start + i < steps, length, UNIFORM_B,
+                            STATES, BLOCK)  # fmt: skip
+                slope = grad * kept_before
+                dh = tl.where(cut, 0.0, grad * decay)
+                dA += slope * dt_row[None, :]
                 dx = tl.sum(grad * B, 0)
-                dus = tl.tuple([dx * dts[i] + skip * dy_row]) + dus
-                ddts = tl.tuple([tl.sum(slope * A2, 0) / LOG2E + dx * x]) + ddts
+                dus = tl.tuple([dx * dt_row + skip * dy_row]) + dus[:7]
+                ddts = tl.tuple([tl.sum(slope * A2, 0) / LOG2E + dx * x]) + ddts[:7]
                 dD += dy_row * x
+            tl.debug_barrier()
             du, draw = _tile(dus), _tile(ddts)
             if SOFTPLUS:
                 draw *= sigmoid(raw)
@@ -477,13 +483,21 @@ def _deal(tiles: tl.tuple) -> Any:
     """Columns of tiles (d, t) dealt to two tiles each: first all of the even ones, then all of the odd ones."""
     even, odd = tl.tuple([]), tl.tuple([])
     for i in tl.static_range(len(tiles)):
-        d: tl.constexpr = tiles[i].shape[0]
-        half: tl.constexpr = tiles[i].shape[1] // 2
-        a, b = tl.split(tl.reshape(tiles[i], (d, half, 2)))
-        if half == 1:
-            a, b = tl.reshape(a, (d,)), tl.reshape(b, (d,))
+        a, b = _halves(tiles[i])
         even, odd = even + tl.tuple([a]), odd + tl.tuple([b])
     return even + odd
+
+
+@triton.jit
+def _halves(tile: tl.tensor) -> Any:
+    """The even and the odd columns; the last two as vectors."""
+    d: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    a, b = tl.split(tl.reshape(tile, (d, half, 2)))
+    if half == 1:
+        return tl.reshape(a, (d,)), tl.reshape(b, (d,))
+    else:
+        return a, b
 
 
 @triton.jit
