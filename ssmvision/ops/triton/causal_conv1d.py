@@ -247,7 +247,7 @@ def _bias(bias_ptr: tl.tensor, place: tl.tensor, inside: tl.tensor, STEPS: tl.co
         return tl.broadcast_to(tl.load(bias_ptr + place, mask=inside, other=0.0), (STEPS, place.shape[1]))
 
 
-def variants(dtype: torch.dtype) -> list[Variant]:
+def variants(dtype: torch.dtype, _lanes: int) -> list[Variant]:
     """Launches for the kernel report, with x in `dtype`: both directions of a Vim block."""
     b, k, d, length, width = 8, 2, 384, 197, 4
 

@@ -249,7 +249,7 @@ def _product(a_re: tl.tensor, a_im: tl.tensor, b_re: tl.tensor, b_im: tl.tensor,
         return a_re * b_re, a_re * b_re
 
 
-def variants(dtype: torch.dtype) -> list[Variant]:
+def variants(dtype: torch.dtype, _lanes: int) -> list[Variant]:
     """Launches for the kernel report, with x in `dtype`: a gated recurrence, and the complex one of ConvS5."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

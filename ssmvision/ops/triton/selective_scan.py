@@ -158,25 +158,26 @@ def _shared(
     for name, x in (("B", B), ("C", C)):
         arguments |= {f"{name}_ptr": x, **strides(name, x, "b", "k", "g", "n", "l"), f"{name}_per": d // x.shape[2]}
     arguments |= {"length": length, "steps": steps, "chunks": triton.cdiv(steps, CHUNK), "lane": 1}
+    arguments |= {"rank": 0 if dt_proj is None else dt_proj.shape[-1]}
     constants = {
-        "ROUTES": k, "STATES": n, "RANK": 0 if dt_proj is None else dt_proj.shape[-1], "DIM": d,
+        "ROUTES": k, "STATES": n, "DIM": d,
         "UNIFORM_B": _uniform(B, d, lanes), "UNIFORM_C": _uniform(C, d, lanes),
         "CHUNK": CHUNK, "STEPS": _STEPS, "CHANNELS": lanes,
     }  # fmt: skip
     return arguments, constants
 
 
-@triton.jit(do_not_specialize=["length", "steps", "chunks", "lane"])
+@triton.jit(do_not_specialize=["length", "steps", "chunks", "rank", "lane"])
 def _forward_kernel(
     u_ptr: tl.tensor, delta_ptr: tl.tensor, A_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor,
     bias_ptr: tl.tensor, proj_ptr: tl.tensor, initial_ptr: tl.tensor, reset_ptr: tl.tensor, routes_ptr: tl.tensor,
     y_ptr: tl.tensor, last_ptr: tl.tensor, saved_ptr: tl.tensor, length: tl.tensor, steps: tl.tensor,
-    chunks: tl.tensor, lane: tl.tensor, u_b: tl.tensor, u_k: tl.tensor, u_d: tl.tensor, u_l: tl.tensor,
+    chunks: tl.tensor, rank: tl.tensor, lane: tl.tensor, u_b: tl.tensor, u_k: tl.tensor, u_d: tl.tensor, u_l: tl.tensor,
     delta_b: tl.tensor, delta_k: tl.tensor, delta_r: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor,
     B_g: tl.tensor, B_n: tl.tensor, B_l: tl.tensor, B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor,
     C_n: tl.tensor, C_l: tl.tensor, C_per: tl.tensor, reset_b: tl.tensor, reset_k: tl.tensor, y_b: tl.tensor,
     y_k: tl.tensor, y_d: tl.tensor, y_l: tl.tensor, WALKS: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ROUTES: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr,
+    ROUTES: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr,
     UNIFORM_C: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of channels of one sample along one route, or along several and in several blocks of states in turn."""
@@ -197,21 +198,21 @@ def _forward_kernel(
         skip = _skip(D_ptr, k * DIM + c, known & (n == 0), CHANNELS)
         B_row = _coefficients(B_ptr + batch * B_b + k * B_k + n * B_n, c, B_per, B_g, B_n, UNIFORM_B, BLOCK)
         C_row = _coefficients(C_ptr + batch * C_b + k * C_k + n * C_n, c, C_per, C_g, C_n, UNIFORM_C, BLOCK)
-        for chunk in range(chunks):
+        for chunk in tl.range(0, chunks, disable_licm=True):
             save = saved_ptr + ((batch * ROUTES + k) * chunks + chunk) * STATES * DIM
             tl.store(save + states, h, mask=inside)
-            for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, steps), STEPS):
+            for start in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, steps), STEPS, disable_licm=True):
                 s = start + tl.arange(0, STEPS)
                 token = _token(routes_ptr, k, s, steps)
                 u_place = batch * u_b + k * u_k + token[:, None] * u_l + c[None, :] * u_d
                 u = tl.load(u_ptr + u_place, mask=known[None, :], other=0.0)
                 delta_row = delta_ptr + batch * delta_b + k * delta_k
-                dt = _raw_steps(delta_row, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, RANK, DIM)
+                dt = _raw_steps(delta_row, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, rank, DIM)
                 dt = tl.where((s < steps)[:, None], softplus(dt) if SOFTPLUS else dt, 0.0)
                 # The tuples turn, so that a loop need not be unrolled, whose steps would all be begun at once.
                 us, dts = _rows(u), _rows(dt)
                 ys = tl.tuple([tl.zeros((CHANNELS,), tl.float32)] * STEPS)
-                for i in range(STEPS):
+                for i in tl.range(0, STEPS, disable_licm=True):
                     t = _token(routes_ptr, k, start + i, steps)
                     B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
                     C = _coefficient(C_row, t * C_l, n, inside, UNIFORM_C, STATES, BLOCK)
@@ -234,19 +235,19 @@ def _forward_kernel(
             tl.debug_barrier()  # what this walk wrote, the next reads in other lanes
 
 
-@triton.jit(do_not_specialize=["length", "steps", "chunks", "lane"])
+@triton.jit(do_not_specialize=["length", "steps", "chunks", "rank", "lane"])
 def _backward_kernel(
     dy_ptr: tl.tensor, dlast_ptr: tl.tensor, saved_ptr: tl.tensor, states_ptr: tl.tensor, u_ptr: tl.tensor,
     delta_ptr: tl.tensor, A_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, bias_ptr: tl.tensor,
     proj_ptr: tl.tensor, initial_ptr: tl.tensor, reset_ptr: tl.tensor, routes_ptr: tl.tensor, du_ptr: tl.tensor,
     ddelta_ptr: tl.tensor, dA_ptr: tl.tensor, dB_ptr: tl.tensor, dC_ptr: tl.tensor, dD_ptr: tl.tensor,
     dbias_ptr: tl.tensor, dinitial_ptr: tl.tensor, length: tl.tensor, steps: tl.tensor, chunks: tl.tensor,
-    lane: tl.tensor, dy_b: tl.tensor, dy_k: tl.tensor, dy_d: tl.tensor, dy_l: tl.tensor, u_b: tl.tensor,
+    rank: tl.tensor, lane: tl.tensor, dy_b: tl.tensor, dy_k: tl.tensor, dy_d: tl.tensor, dy_l: tl.tensor, u_b: tl.tensor,
     u_k: tl.tensor, u_d: tl.tensor, u_l: tl.tensor, delta_b: tl.tensor, delta_k: tl.tensor, delta_r: tl.tensor,
     delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor, B_g: tl.tensor, B_n: tl.tensor, B_l: tl.tensor,
     B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor, C_n: tl.tensor, C_l: tl.tensor,
     C_per: tl.tensor, reset_b: tl.tensor, reset_k: tl.tensor, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ROUTES: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr,
+    ROUTES: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr,
     UNIFORM_C: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     """The adjoint of a tile of channels along one route, for a block of states.
@@ -282,20 +283,20 @@ def _backward_kernel(
     du_ptr += (sequence * blocks + block) * length * DIM
     ddelta_ptr += (sequence * blocks + block) * length * DIM
     flags = batch * reset_b + k * reset_k
-    for count in range(chunks):
+    for count in tl.range(0, chunks, disable_licm=True):
         chunk = chunks - 1 - count
         h = tl.load(saved_ptr + (sequence * chunks + chunk) * STATES * DIM + states, mask=inside, other=0.0)
         tiles_here = tl.cdiv(tl.minimum(CHUNK, steps - chunk * CHUNK), STEPS)
-        for step_tile in range(tiles_here):
+        for step_tile in tl.range(0, tiles_here, disable_licm=True):
             tl.store(states_ptr + step_tile * BLOCK * CHANNELS + kept, h)
             start = chunk * CHUNK + step_tile * STEPS
             s = start + tl.arange(0, STEPS)
             token = _token(routes_ptr, k, s, steps)
             u = tl.load(u_ptr + token[:, None] * u_l + c[None, :] * u_d, mask=known[None, :], other=0.0)
-            dt = _raw_steps(delta_ptr, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, RANK, DIM)
+            dt = _raw_steps(delta_ptr, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, rank, DIM)
             dt = tl.where((s < steps)[:, None], softplus(dt) if SOFTPLUS else dt, 0.0)
             us, dts = _rows(u), _rows(dt)
-            for i in range(STEPS):
+            for i in tl.range(0, STEPS, disable_licm=True):
                 t = _token(routes_ptr, k, start + i, steps)
                 B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
                 cut = _cut(reset_ptr, flags + t, start + i, initial_ptr is None)
@@ -303,7 +304,7 @@ def _backward_kernel(
                 h = tl.where(cut, 0.0, decay * h) + (dts[0] * us[0].to(tl.float32))[None, :] * B
                 us, dts = us[1:] + us[:1], dts[1:] + dts[:1]
         tl.debug_barrier()
-        for back in range(tiles_here):
+        for back in tl.range(0, tiles_here, disable_licm=True):
             step_tile = tiles_here - 1 - back
             start = chunk * CHUNK + step_tile * STEPS
             h = tl.load(states_ptr + step_tile * BLOCK * CHANNELS + kept)
@@ -312,10 +313,10 @@ def _backward_kernel(
             written = (s < steps)[:, None] & known[None, :]
             u = tl.load(u_ptr + token[:, None] * u_l + c[None, :] * u_d, mask=known[None, :], other=0.0)
             dy = tl.load(dy_ptr + token[:, None] * dy_l + c[None, :] * dy_d, mask=written, other=0.0)
-            raw = _raw_steps(delta_ptr, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, RANK, DIM)
+            raw = _raw_steps(delta_ptr, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, rank, DIM)
             dt = tl.where((s < steps)[:, None], softplus(raw) if SOFTPLUS else raw, 0.0)
             us, dts, dys = _rows(u), _rows(dt), _rows(dy)
-            for i in range(STEPS):
+            for i in tl.range(0, STEPS, disable_licm=True):
                 tl.store(states_ptr + (CHUNK // STEPS + i) * BLOCK * CHANNELS + kept, h)
                 t = _token(routes_ptr, k, start + i, steps)
                 B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
@@ -326,7 +327,7 @@ def _backward_kernel(
             tl.debug_barrier()
             dus = tl.tuple([tl.zeros((CHANNELS,), tl.float32)] * STEPS)
             ddts = dus
-            for count_i in range(STEPS):
+            for count_i in tl.range(0, STEPS, disable_licm=True):
                 i = STEPS - 1 - count_i
                 us, dts, dys = us[7:] + us[:7], dts[7:] + dts[:7], dys[7:] + dys[:7]
                 t, x, dt_row, dy_row = (
@@ -395,7 +396,7 @@ def _token(routes_ptr: tl.tensor, k: tl.tensor, s: tl.tensor, steps: tl.tensor) 
 @triton.jit
 def _raw_steps(
     delta_ptr: tl.tensor, delta_r: tl.tensor, delta_l: tl.tensor, proj_ptr: tl.tensor, bias_ptr: tl.tensor,
-    k: tl.tensor, token: tl.tensor, c: tl.tensor, known: tl.tensor, RANK: tl.constexpr, DIM: tl.constexpr,
+    k: tl.tensor, token: tl.tensor, c: tl.tensor, known: tl.tensor, rank: tl.tensor, DIM: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Step sizes before softplus of a tile of tokens and channels."""
     if proj_ptr is None:
@@ -403,9 +404,9 @@ def _raw_steps(
         raw = tl.load(delta_ptr + place, mask=known[None, :], other=0.0).to(tl.float32)
     else:
         raw = tl.zeros((token.shape[0], c.shape[0]), tl.float32)
-        for r in range(RANK):
+        for r in tl.range(0, rank, disable_licm=True, loop_unroll_factor=1):
             low = tl.load(delta_ptr + token * delta_l + r * delta_r).to(tl.float32)
-            weight = tl.load(proj_ptr + (k * RANK + r) * DIM + c, mask=known, other=0.0)
+            weight = tl.load(proj_ptr + (k * rank + r) * DIM + c, mask=known, other=0.0)
             raw += low[:, None] * weight[None, :]
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + k * DIM + c, mask=known, other=0.0)[None, :]

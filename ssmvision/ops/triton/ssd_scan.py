@@ -462,7 +462,7 @@ def _cut(reset_ptr: tl.tensor, sample: tl.tensor, t: tl.tensor, there: tl.tensor
     return cut
 
 
-def variants(dtype: torch.dtype) -> list[Variant]:
+def variants(dtype: torch.dtype, _lanes: int) -> list[Variant]:
     """Launches for the kernel report, with tokens in `dtype`: Mamba-2's usual head and state."""
     b, length, h, p, g, n = 8, 784, 12, 64, 1, 128
 

@@ -1,0 +1,201 @@
+"""What can be known of the Triton kernels without a GPU: they are compiled for machines that are not there and examined.
+
+Registers, spills, shared memory and widths of loads are read from the machine code; bytes and exponentials are counted;
+from these follows a bound that is predicted, not measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmvision.data import UserError
+
+__all__ = ["MATERIALISED", "OPERATORS", "TARGETS", "Finding", "Traffic", "examine", "kernels", "traffic"]
+
+OPERATORS = ("selective_scan", "linear_scan", "ssd_scan", "causal_conv1d")
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARED_LIMIT = 48 * 1024
+
+# Of a pipeline that copies the tokens four times, projects, scans and merges: bytes per element of (b, l, d), bfloat16.
+# Copies 10, two projections 17, scan 32, merge 20, cast and norm 4.
+MATERIALISED = 83
+RATIO_LIMIT = 0.35
+BANDWIDTH, EXPONENTIALS = 3.35e12, 3.7e12  # per second, of an H100 by its data sheet: memory, and 16 a clock and core
+
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """One kernel compiled for one machine.
+
+    Args:
+        name: Of the kernel and its shape.
+        registers: Per thread.
+        limit: Of registers.
+        spills: Bytes (NVIDIA) or registers (AMD) that did not fit.
+        shared: Bytes of shared memory per program.
+        widths: Bits of the widest load of each operand that is as large as the tokens.
+        counts: How often the machine code holds an exponential and a fused multiply-add.
+    """
+
+    name: str
+    registers: int
+    limit: int
+    spills: int
+    shared: int
+    widths: dict[str, int]
+    counts: dict[str, int]
+
+    @property
+    def broken(self) -> list[str]:
+        """The budgets that this kernel exceeds, in words."""
+        found = [f"{self.registers} registers, at most {self.limit}"] if self.registers > self.limit else []
+        found += [f"{self.spills} spilled"] if self.spills else []
+        found += [f"{self.shared} bytes of shared memory, at most {SHARED_LIMIT}"] if self.shared > SHARED_LIMIT else []
+        return found + [f"{name} read by {bits} bits, not 128" for name, bits in self.widths.items() if bits < 128]
+
+
+class Traffic(NamedTuple):
+    """Counted bytes per element of (b, l, d) of a forward scan with merge, and the bound that follows.
+
+    Args:
+        resident: Bytes if the tokens that are in flight stay in the cache between routes.
+        streaming: Bytes if nothing does.
+        picoseconds: Of a whole GPU for the resident traffic, or for the exponentials if these take longer.
+        bound: Which of the two it is.
+    """
+
+    resident: float
+    streaming: float
+    picoseconds: float
+    bound: str
+
+
+def traffic(routes: int, channels: int, states: int, rank: int, token_bytes: int = 2) -> Traffic:
+    """Counts what one program after the other must move where each walks all routes of its channels.
+
+    Args:
+        routes: Scans over the same tokens.
+        channels: Of a token.
+        states: Per channel.
+        rank: Of delta; 0 if it comes in full width.
+        token_bytes: Of a number of u, delta, B or C; y is summed in float32.
+    """
+    coefficients = routes * (2 * states + (rank or channels)) * token_bytes / channels
+    resident = token_bytes + 4 + coefficients
+    # Every route reads u; the first writes y, the others read and write it.
+    streaming = routes * token_bytes + 4 * (2 * routes - 1) + coefficients
+    memory, exponentials = 1e12 * resident / BANDWIDTH, 1e12 * routes * (states + 1) / EXPONENTIALS
+    return Traffic(resident, streaming, max(memory, exponentials), "memory" if memory > exponentials else "exp2")
+
+
+def kernels(operator: str, dtype: str, target: str) -> list[Any]:
+    """The launches that the report examines: `ops.triton._common.Variant`s on meta tensors."""
+    module = importlib.import_module(f"ssmvision.ops.triton.{operator}")
+    return module.variants(DTYPES[dtype], TARGETS[target][2])
+
+
+def examine(variant: Any, target: str) -> Finding:
+    """Compiles a launch for a machine and reads its machine code.
+
+    Raises:
+        UserError: TRITON_INTERPRET is set, so that triton compiles nothing; or triton is not installed.
+    """
+    compiled = _compile(variant.launch, target)
+    found = _nvidia(compiled) if "cubin" in compiled.asm else _amd(compiled)
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    widths = {name: _width(text, variant.launch.kernel, name) for name in variant.bulk}
+    return Finding(variant.name, limit=variant.registers, widths=widths, **found)
+
+
+def _compile(launch: Any, target: str) -> Any:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it for the report.")
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+    except ImportError as error:
+        raise UserError(f"The report needs triton: {error}. It comes with torch for Linux.") from error
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        kind, constant, aligned = _argument(launch, name)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = constant
+        if aligned:  # the launcher tells the compiler what divides by 16; without it no load is wide
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    goal = GPUTarget(*TARGETS[target])
+    return triton.compile(source, target=goal, options=launch.options(goal.backend))
+
+
+def _argument(launch: Any, name: str) -> tuple[str, Any, bool]:
+    """An argument's type, its value where that is compiled in, and whether it is a multiple of 16, as a call has it."""
+    if name in launch.constants:
+        return "constexpr", launch.constants[name], False
+    value, special = launch.arguments[name], name not in (launch.kernel.do_not_specialize or ())
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype], None, True
+    if value is None or (value == 1 and special):
+        return "constexpr", value, False
+    return "i32" if abs(value) < 2**31 else "i64", None, special and value % 16 == 0
+
+
+def _nvidia(compiled: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (_nvidia_tool(*tool, file.name) for tool in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("MUFU", "FFMA")}
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    return {"registers": registers, "spills": stack, "shared": compiled.metadata.shared, "counts": counts}
+
+
+def _nvidia_tool(name: str, option: str, file: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def _amd(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+
+    counts = {"MUFU": len(re.findall(r"v_exp_f32", text)), "FFMA": len(re.findall(r"v_(?:pk_)?fma\w*_f32", text))}
+    return {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count"),
+            "shared": number("group_segment_fixed_size"), "counts": counts}  # fmt: skip
+
+
+def _width(text: str, kernel: Any, name: str) -> int:
+    """Bits of the widest load that stands in the source on a line `tl.load(NAME ...`."""
+    path = Path(kernel.fn.__code__.co_filename)
+    lines = {i for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if f"tl.load({name}" in line}
+    return max((bits for where, bits in _loads(text, path.name) if where in lines), default=0)
+
+
+def _loads(text: str, file: str) -> Iterator[tuple[int, int]]:
+    """Line of the source and bits of each load from memory in PTX or AMD's assembly."""
+    where = 0
+    for line in text.splitlines():
+        if match := re.search(r"\.loc\s.*?(\w+\.py):(\d+):\d+", line):
+            where = int(match[2]) if match[1] == file else 0
+        elif match := re.search(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", line):
+            yield where, int(match[1] or 1) * int(match[2])
+        elif match := re.search(r"(?:global|buffer)_load_(?:dwordx(\d)|(dword)|u?s?(short|byte))", line):
+            yield where, 32 * int(match[1]) if match[1] else 32 if match[2] else 16 if match[3] == "short" else 8
