@@ -67,8 +67,8 @@ def print_traffic() -> bool:
     for channels, states, rank in ((192, 1, 6), (384, 1, 12), (768, 1, 24), (384, 16, 24)):
         found = traffic(4, channels, states, rank)
         ratio = found.resident / MATERIALISED
-        print(f"4 routes, d {channels}, n {states}, r {rank}: {found.resident:.1f} = {ratio:.2f}x if tokens stay in the "
-              f"cache, {found.streaming:.1f} = {found.streaming / MATERIALISED:.2f}x if none does; "
+        print(f"4 routes, d {channels}, n {states}, r {rank}: {found.resident:.1f} = {ratio:.2f}x if tokens stay in "
+              f"the cache, {found.streaming:.1f} = {found.streaming / MATERIALISED:.2f}x if none does; "
               f"bound by {found.bound}: {found.picoseconds:.1f} ps on an H100")  # fmt: skip
         holds = holds and ratio <= RATIO_LIMIT
     return holds

@@ -1,7 +1,7 @@
-"""What can be known of the Triton kernels without a GPU: they are compiled for machines that are not there and examined.
+"""What can be known of the Triton kernels without a GPU: they are compiled for absent machines and examined.
 
-Registers, spills, shared memory and widths of loads are read from the machine code; bytes and exponentials are counted;
-from these follows a bound that is predicted, not measured.
+Registers, spills, shared memory and widths of loads are read from the machine code; bytes and exponentials are
+counted; from these follows a bound that is predicted, not measured.
 """
 
 from __future__ import annotations
@@ -191,9 +191,13 @@ def _width(text: str, kernel: Any, name: str) -> int:
 
 def _loads(text: str, file: str) -> Iterator[tuple[int, int]]:
     """Line of the source and bits of each load from memory in PTX or AMD's assembly."""
-    where = 0
+    where, inline = 0, False
     for line in text.splitlines():
-        if match := re.search(r"\.loc\s.*?(\w+\.py):(\d+):\d+", line):
+        if "inline asm" in line:  # whose lines are counted on from that of the call
+            inline = "begin" in line
+        elif inline and ".loc" in line:
+            continue
+        elif match := re.search(r"\.loc\s.*?(\w+\.py):(\d+):\d+", line):
             where = int(match[2]) if match[1] == file else 0
         elif match := re.search(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", line):
             yield where, int(match[1] or 1) * int(match[2])

@@ -4,10 +4,39 @@ One line of JSON a case: [name, [error of every output and gradient relative to 
 """
 
 import json
+import math
+import warnings
 
 import torch
+from scan_cases import Case, cast, error, make
+from scan_cases import evaluate as evaluate_scan
+from test_scan_2d import NAMES as NAMES_2D
+from test_scan_2d import golden as golden_2d
+from test_selective_scan_golden import META, arguments, golden, in_our_types
 
-from ssmvision.ops import causal_conv1d, linear_scan, ssd_scan
+from ssmvision.ops import causal_conv1d, linear_scan, selective_scan, selective_scan_2d, ssd_scan
+
+EVERYTHING = {"D": True, "bias": True, "softplus": True, "initial": True}
+SELECTIVE = {
+    "plain": Case(l=9, d=1, n=1),
+    "everything": Case(l=13, B=5, C="channel", rank=2, reset="random", z=True, **EVERYTHING),
+    "across the border of a chunk": Case(b=1, d=2, n=2, l=67, reset=(5, 63, 64, 65), initial=True, softplus=True),
+    "growing": Case(b=1, l=10, growing=True, D=True),
+    "several tiles": Case(b=1, d=67, n=1, l=9, softplus=True, D=True),
+    "two groups of whole tiles": Case(b=1, d=64, n=2, l=8, B=2, C=2),
+    "blocks of states": Case(b=1, d=3, n=17, l=9, reset=(4,), **EVERYTHING),
+    "strided": Case(b=1, k=2, l=9, routes="random", layout="strided", rank=3, reset="random", **EVERYTHING),
+    "channels last": Case(b=1, k=2, l=9, routes="random", layout="last", rank=3, **EVERYTHING),
+    "apart": Case(b=1, k=3, l=12, routes="subset", merge=False, D=True, u_per_route=True),
+    "no routes, merged": Case(b=1, k=2, l=9, d=3, D=True),
+    **{
+        name: Case(b=1, k=k, d=3, n=2, l=12, routes=name, softplus=True, D=True)
+        for name, k in (
+            ("random", 2), ("subset", 2), ("bidirectional", 2), ("cross", 4), ("column", 2), ("serpentine", 2),
+            ("window", 2), ("atrous", 2), ("volume", 2),
+        )
+    },
+}  # fmt: skip
 
 
 def widened(x, double):
@@ -34,10 +63,47 @@ def evaluate(scan, inputs, backend):
 def report(name, scan, inputs):
     found, wanted = (evaluate(scan, inputs, backend) for backend in ("triton", "reference"))
     pairs = zip(found, wanted, strict=True)
-    print(json.dumps([name, [((f - w).abs().max() / w.abs().max()).item() for f, w in pairs]]), flush=True)
+    tell(name, [((f - w).abs().max() / w.abs().max()).item() for f, w in pairs])
+
+
+def tell(name, errors):
+    print(json.dumps([name, [1e9 if math.isnan(e) or math.isinf(e) else e for e in errors]]), flush=True)
+
+
+def report_selective(name, case, dtype=torch.float32):
+    """Errors of outputs as they are; those of gradients, whose limit is 5e-6, as if it were that of outputs, 2e-6."""
+    inputs = cast(make(case), dtype)
+    wanted = evaluate_scan(cast(inputs, torch.float64), backend="reference")
+    found = evaluate_scan(inputs, backend="triton")
+    repeated = evaluate_scan(inputs, backend="triton")
+    assert all(torch.equal(repeated[key], x) for key, x in found.items())
+    errors = {key: error(found[key], x) for key, x in wanted.items()}
+    rounding = torch.finfo(dtype).eps if dtype != torch.float32 else None
+    if rounding:
+        errors = {key: 2e-6 * e / rounding if key != "last_state" else e for key, e in errors.items()}
+    else:
+        errors = {key: e if key in ("y", "last_state") else 0.4 * e for key, e in errors.items()}
+    tell(f"selective_scan, {name}", list(errors.values()))
+
+
+def report_golden():
+    """What the official code wrote."""
+    for case in META["kwargs"]:
+        tensors = golden(case)
+        inputs, options = arguments(case, tensors)
+        y, last = selective_scan(**in_our_types(inputs), **options, backend="triton")
+        torch.autograd.backward([y, last.real], [tensors["grad_out"], tensors["grad_last_state_real"]])
+        grads = [0.4 * error(x.grad, tensors[f"grad.{name}"]) for name, x in inputs.items()]
+        tell(f"golden selective_scan, {case}", [error(y, tensors["out_f64"]), *grads])
+    exact = golden_2d("case0", torch.float64)
+    inputs = [golden_2d("case0", torch.float32)[name].requires_grad_() for name in NAMES_2D]
+    found = selective_scan_2d(*inputs, backend="triton")
+    pairs = zip(found, ("out", "h1", "h2"), strict=True)
+    tell("golden selective_scan_2d", [error(x, exact[name]) for x, name in pairs])
 
 
 def main():
+    warnings.simplefilter("error", RuntimeWarning)  # an overflow, also of a number that is then not used
     torch.manual_seed(0)
     length = 19
     reset = torch.rand(2, length) < 0.2
@@ -82,6 +148,10 @@ def main():
                 torch.randn(2, length, 2, 5), torch.randn(2, length, 2, 5), torch.randn(2, 4, 6, 5), reset,
             ],
         )  # fmt: skip
+    for name, case in SELECTIVE.items():
+        report_selective(name, case)
+    report_selective("bfloat16", Case(l=9, softplus=True, D=True, layout="last"), torch.bfloat16)
+    report_golden()
 
 
 if __name__ == "__main__":

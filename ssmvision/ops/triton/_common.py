@@ -78,8 +78,10 @@ class Launch(NamedTuple):
         """What else the compiler is told, on "cuda" or "hip"."""
         # One stage: software pipelining of such recurrences is miscompiled on Blackwell by some versions of Triton.
         limit = {}
-        if self.registers:
-            limit = {"maxnreg": self.registers} if backend == "cuda" else {"waves_per_eu": 512 // self.registers}
+        if self.registers and backend == "cuda":
+            limit = {"maxnreg": self.registers}
+        elif self.registers and self.num_warps == 1:
+            limit = {"waves_per_eu": 512 // self.registers}
         return {"num_warps": self.num_warps, "num_stages": 1, **limit}
 
 

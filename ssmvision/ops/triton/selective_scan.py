@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import CHUNK, Gradients, empty_like_layout, no_autocast
+from .._library import CHUNK, Gradients, no_autocast
 from ._common import LOG2E, Launch, Variant, power_of_two, sigmoid, softplus, strides, warp_size
 
 _STEPS = 8  # of a tile; `_rows` and `_tile` know this number
@@ -242,8 +242,8 @@ def _backward_kernel(
     proj_ptr: tl.tensor, initial_ptr: tl.tensor, reset_ptr: tl.tensor, routes_ptr: tl.tensor, du_ptr: tl.tensor,
     ddelta_ptr: tl.tensor, dA_ptr: tl.tensor, dB_ptr: tl.tensor, dC_ptr: tl.tensor, dD_ptr: tl.tensor,
     dbias_ptr: tl.tensor, dinitial_ptr: tl.tensor, length: tl.tensor, steps: tl.tensor, chunks: tl.tensor,
-    rank: tl.tensor, lane: tl.tensor, dy_b: tl.tensor, dy_k: tl.tensor, dy_d: tl.tensor, dy_l: tl.tensor, u_b: tl.tensor,
-    u_k: tl.tensor, u_d: tl.tensor, u_l: tl.tensor, delta_b: tl.tensor, delta_k: tl.tensor, delta_r: tl.tensor,
+    rank: tl.tensor, lane: tl.tensor, dy_b: tl.tensor, dy_k: tl.tensor, dy_d: tl.tensor, dy_l: tl.tensor,
+    u_b: tl.tensor, u_k: tl.tensor, u_d: tl.tensor, u_l: tl.tensor, delta_b: tl.tensor, delta_k: tl.tensor, delta_r: tl.tensor,
     delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor, B_g: tl.tensor, B_n: tl.tensor, B_l: tl.tensor,
     B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor, C_n: tl.tensor, C_l: tl.tensor,
     C_per: tl.tensor, reset_b: tl.tensor, reset_k: tl.tensor, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,

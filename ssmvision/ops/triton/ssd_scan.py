@@ -196,6 +196,7 @@ def _attend(
          "state_dots_ptr": state_dots, "all_dots_ptr": all_dots, "length": length, "heads": h, "m": m, "o": o},
         {"LATER": later, "PRODUCT": tiles.product, "CHUNK": CHUNK, "ROWS": tiles.rows, "COLUMNS": 32, **sizes},
         num_warps=4,
+        registers=232 if later or dots else 128,
     )  # fmt: skip
 
 
@@ -375,7 +376,7 @@ def _attend_kernel(
             scores *= tl.exp2(tl.where(linked, exponent, -float("inf")))
         else:
             exponent = (coarse_i[:, None] - coarse_j[None, :]) + (fine_i[:, None] - fine_j[None, :])
-            scores *= tl.exp2(tl.where(j[None, :] <= i[:, None], exponent, -float("inf")))
+            scores *= tl.exp2(tl.where((j[None, :] <= i[:, None]) & there[:, None], exponent, -float("inf")))
             scores *= tl.load(sizes_ptr + j, mask=present, other=0.0)[None, :]
         z = tl.load(z_ptr + j[:, None] * z_l, mask=present[:, None] & (jo < o)[None, :], other=0.0)
         out = tl.dot(scores.to(PRODUCT), z.to(PRODUCT), out, input_precision="ieee")
