@@ -217,7 +217,7 @@ def _forward_kernel(
                     B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
                     C = _coefficient(C_row, t * C_l, n, inside, UNIFORM_C, STATES, BLOCK)
                     x = us[0].to(tl.float32)
-                    cut = _cut(reset_ptr, batch * reset_b + k * reset_k + t, start + i, initial_ptr is None)
+                    cut = _cut(reset_ptr, batch * reset_b + k * reset_k + t, start + i, steps, initial_ptr is None)
                     if reset_ptr is not None:
                         h = tl.where(cut, 0.0, h)
                     decay = tl.exp2(tl.where(cut, 0.0, dts[0])[None, :] * A2)
@@ -299,7 +299,7 @@ def _backward_kernel(
             for i in tl.range(0, STEPS, disable_licm=True):
                 t = _token(routes_ptr, k, start + i, steps)
                 B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
-                cut = _cut(reset_ptr, flags + t, start + i, initial_ptr is None)
+                cut = _cut(reset_ptr, flags + t, start + i, steps, initial_ptr is None)
                 decay = tl.exp2(tl.where(cut, 0.0, dts[0])[None, :] * A2)
                 h = tl.where(cut, 0.0, decay * h) + (dts[0] * us[0].to(tl.float32))[None, :] * B
                 us, dts = us[1:] + us[:1], dts[1:] + dts[:1]
@@ -320,7 +320,7 @@ def _backward_kernel(
                 tl.store(states_ptr + (CHUNK // STEPS + i) * BLOCK * CHANNELS + kept, h)
                 t = _token(routes_ptr, k, start + i, steps)
                 B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
-                cut = _cut(reset_ptr, flags + t, start + i, initial_ptr is None)
+                cut = _cut(reset_ptr, flags + t, start + i, steps, initial_ptr is None)
                 decay = tl.exp2(tl.where(cut, 0.0, dts[0])[None, :] * A2)
                 h = tl.where(cut, 0.0, decay * h) + (dts[0] * us[0].to(tl.float32))[None, :] * B
                 us, dts = us[1:] + us[:1], dts[1:] + dts[:1]
@@ -335,7 +335,7 @@ def _backward_kernel(
                 )  # fmt: skip
                 B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
                 C = _coefficient(C_row, t * C_l, n, inside, UNIFORM_C, STATES, BLOCK)
-                cut = _cut(reset_ptr, flags + t, start + i, initial_ptr is None)
+                cut = _cut(reset_ptr, flags + t, start + i, steps, initial_ptr is None)
                 decay = tl.exp2(tl.where(cut, 0.0, dt_row)[None, :] * A2)
                 before = tl.load(states_ptr + (CHUNK // STEPS + i) * BLOCK * CHANNELS + kept)
                 kept_before = tl.where(cut, 0.0, decay * before)
@@ -465,11 +465,13 @@ def _skip(D_ptr: tl.tensor, place: tl.tensor, there: tl.tensor, CHANNELS: tl.con
 
 
 @triton.jit
-def _cut(reset_ptr: tl.tensor, place: tl.tensor, s: tl.tensor, FROM_ZERO: tl.constexpr) -> Any:
+def _cut(
+    reset_ptr: tl.tensor, place: tl.tensor, s: tl.tensor, steps: tl.tensor, FROM_ZERO: tl.constexpr
+) -> Any:  # fmt: skip
     """Whether no state comes into step s: at a reset, or at a start from nothing."""
     cut = (s == 0) & FROM_ZERO
     if reset_ptr is not None:
-        cut |= tl.load(reset_ptr + place) != 0
+        cut |= (tl.load(reset_ptr + place) != 0) & (s < steps)  # past the end, `place` is that of the last token
     return cut
 
 

@@ -1,0 +1,54 @@
+"""The kernel report: what it counts and compiles, and how it refuses."""
+
+import pytest
+
+from ssmvision.data import UserError
+from ssmvision.engine.kernel_report import MATERIALISED, TARGETS, Finding, examine, kernels, traffic
+from tools import kernel_report
+
+
+def test_four_routes_move_a_fraction_of_the_bytes():
+    for channels, states, rank in ((192, 1, 6), (768, 1, 24), (384, 16, 24)):
+        found = traffic(4, channels, states, rank)
+        assert found.resident / MATERIALISED <= 0.15
+        assert found.streaming > found.resident
+    assert traffic(1, 384, 16, 0).resident == pytest.approx(2 + 4 + 2 + 4 * 16 / 384)
+    assert traffic(4, 192, 1, 6).bound == "exp2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("operator", ["selective_scan", "linear_scan"])
+def test_kernels_compile_within_their_budgets(monkeypatch, operator, target):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    variants = kernels(operator, "float32", target)
+    for variant in variants[:2]:
+        found = examine(variant, target)
+        assert not found.broken, found
+        assert min(found.widths.values()) == 128
+
+
+def test_broken_budgets_are_told():
+    found = Finding("x", 129, 128, 8, 50_000, {"u_ptr": 64}, {})
+    assert found.broken == [
+        "129 registers, at most 128", "8 spilled", "50000 bytes of shared memory, at most 49152",
+        "u_ptr read by 64 bits, not 128",
+    ]  # fmt: skip
+    assert not Finding("x", 128, 128, 0, 0, {"u_ptr": 128}, {}).broken
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match="TRITON_INTERPRET=1 is set"):
+        examine(kernels("linear_scan", "float32", "sm_90")[0], "sm_90")
+    assert kernel_report.main(["--operators", "linear_scan"]) == 2
+    assert "unset it for the report" in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        kernel_report.main(["--targets", "sm_99"])
+    assert stop.value.code == 2
+    assert "sm_99" in capsys.readouterr().err.splitlines()[-1]
