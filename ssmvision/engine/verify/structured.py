@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
+from ssmvision.engine.verify.modules import Tensors, check_module, kind_of, renamed, within
 from ssmvision.layers.hippo import MEASURES, diagonal_init, hippo, hippo_low_rank, nplr
 from ssmvision.layers.ptd import diagonalize, transfer_function
+from ssmvision.layers.s4 import S4Block, S4Kernel
+from ssmvision.layers.s4d import S4D, S4DKernel
 
 __all__ = ["CHECKS"]
-
-Tensors = dict[str, Tensor]
 
 
 def _pairs(x: Tensor) -> Tensor:
@@ -97,8 +99,113 @@ def _eigenvalue_order(Lambda: Tensor) -> Tensor:
     return order[Lambda[order, 1].argsort(stable=True)]
 
 
+def _s4d(case: Case) -> tuple[Tensors, Tensors]:
+    if case.meta["official_class"].endswith("SSMKernelDiag"):
+        return _kernels(case, _s4d_kernel)
+    kwargs = renamed(case.meta["kwargs"], {"d_model": "dim"})
+    layer = S4D(**kwargs)
+    found, wanted = check_module(case, layer)
+    return found | {"feat.K": layer.kernel(case.tensors["input"].shape[-1]).detach()}, wanted | {
+        "feat.K": case.tensors["K"]
+    }
+
+
+def _s4(case: Case) -> tuple[Tensors, Tensors]:
+    return check_module(case, S4Block(**_s4_kwargs(case.meta["kwargs"])))
+
+
+def _dplr(case: Case) -> tuple[Tensors, Tensors]:
+    return _kernels(case, _s4_kernel)
+
+
+def _kernels(case: Case, check: Callable[[dict[str, Any], str, Tensors, Tensors], Tensors]) -> tuple[Tensors, Tensors]:
+    """Several kernels, each with weights and tensors under its own prefix."""
+    found: Tensors = {}
+    wanted: Tensors = {}
+    for prefix in sorted({name.rpartition(".")[0] for name in case.weights}):
+        weights, tensors = within(prefix, case.weights), within(prefix, case.tensors)
+        ours = check(dict(case.meta["kwargs"]), prefix, weights, tensors)
+        ours = {f"{kind_of(name)}.{prefix}.{name}": x.detach() for name, x in ours.items()}
+        found |= ours
+        wanted |= {
+            f"{kind_of(name)}.{prefix}.{name}": x
+            for name, x in tensors.items()
+            if name.startswith(("K", "grad.", "step_y", "step_state")) or f"{kind_of(name)}.{prefix}.{name}" in ours
+        }
+    return found, wanted
+
+
+def _s4d_kernel(kwargs: dict[str, Any], prefix: str, weights: Tensors, tensors: Tensors) -> Tensors:
+    init, disc, real_transform = prefix.split(".")
+    length = kwargs.pop("L")
+    options = {"init": init, "disc": disc, "real_transform": real_transform}
+    kernel = S4DKernel(**renamed(kwargs, {"d_model": "dim"}), **options)
+    found = _initialized(kernel, ("A_real", "A_imag"))
+    kernel.load_state_dict(weights)
+    found |= _kernel_and_gradients(kernel, length, tensors)
+    if disc != "dss":
+        found["K_state"] = kernel(length, state=torch.view_as_complex(tensors["state0"]))[1]
+        found["step_y"], state = _stepped(kernel, tensors["step_u"])
+        found["step_state"] = _pairs(state)
+    return found
+
+
+def _s4_kernel(kwargs: dict[str, Any], prefix: str, weights: Tensors, tensors: Tensors) -> Tensors:
+    length, rank = kwargs.pop("L"), kwargs.pop("rank")[prefix]
+    kernel = S4Kernel(**renamed(kwargs, {"d_model": "dim"}), init=prefix, rank=rank)
+    found = _initialized(kernel, ("A_real", "A_imag"))
+    # What the first forward makes of a fresh C is what the official checkpoint holds.
+    kernel.load_state_dict(
+        {**weights, "C": tensors["C_before_setup"], "l_kernel": torch.zeros_like(weights["l_kernel"])}
+    )
+    kernel(length)
+    tensors["C_after_setup"], found["C_after_setup"] = weights["C"], kernel.C.clone()
+    kernel.load_state_dict(weights)
+    found |= _kernel_and_gradients(kernel, length, tensors)
+    found["K.shorter"] = kernel(tensors["K.shorter"].shape[-1])[0]
+    found["step_y"], _ = _stepped(kernel, tensors["step_u"])
+    return found
+
+
+def _initialized(kernel: nn.Module, names: tuple[str, ...]) -> Tensors:
+    """What initialization does not draw at random."""
+    return {f"init.{name}": kernel.get_parameter(name).clone() for name in names}
+
+
+def _kernel_and_gradients(kernel: nn.Module, length: int, tensors: Tensors) -> Tensors:
+    K, _ = kernel(length)
+    K.pow(2).mean().backward()
+    found = {f"grad.{name}": p.grad for name, p in kernel.named_parameters() if p.grad is not None} | {"K": K}
+    for name, wanted in tensors.items():
+        if name.startswith("K.rate"):
+            found[name], _ = kernel(wanted.shape[-1], rate=float(name.removeprefix("K.rate")))
+    return found
+
+
+def _stepped(kernel: nn.Module, u: Tensor) -> tuple[Tensor, Tensor]:
+    state, outputs = kernel.initial_state(len(u)), []
+    for u_l in u.unbind(-1):
+        y, state = kernel.step(u_l, state)
+        outputs.append(y)
+    return torch.stack(outputs, -1), state
+
+
+def _s4_kwargs(official: dict[str, Any]) -> dict[str, Any]:
+    """Our arguments; those that choose among equal implementations have no effect on results."""
+    kwargs = renamed(official, {"d_model": "dim"})
+    for name in ("backend", "verbose", "deterministic", "tie_dropout"):
+        kwargs.pop(name, None)
+    for name, off in (("gate", None), ("bottleneck", None), ("weight_norm", False), ("drop_kernel", 0.0)):
+        if kwargs.pop(name, off) not in (off, 0):
+            raise ValueError(f"the official option {name!r} is not built here")
+    return kwargs
+
+
 # By the families' names, as `Case.family` gives them.
 CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
     "hippos4init": _hippo,
+    "s4": _s4,
+    "s4d": _s4d,
+    "s4nplrdplr": _dplr,
     "s4ptds5ptd": _ptd,
 }
