@@ -8,13 +8,15 @@ k copies of the dynamics that channels share.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmvision.layers.hippo import diagonal_init, init_log_dt_
+from ssmvision.layers.hippo import diagonal_init, hippo, init_log_dt_
+from ssmvision.layers.ptd import ptd
 from ssmvision.ops import fft_conv
 
 TRANSFORMS = ("exp", "relu", "softplus", "sigmoid", "none")
@@ -29,7 +31,7 @@ class S4DKernel(nn.Module):
         dim: Channels.
         d_state: Real state size; d_state / 2 conjugate pairs are stored.
         channels: Outputs per channel.
-        init: See `hippo.diagonal_init`.
+        init: See `hippo.diagonal_init`; or "ptd", see `ptd.ptd`.
         disc: "zoh", "bilinear" or "dss" (softmax-normalized over the length; a kernel without a recurrence).
         dt_min: Smallest initial step size.
         dt_max: Largest initial step size.
@@ -88,7 +90,7 @@ class S4DKernel(nn.Module):
         if self.dt_transform != "exp":
             self.inv_dt.copy_(inverse_transform(self.inv_dt.exp(), self.dt_transform))
         nn.init.normal_(self.C, std=math.sqrt(0.5))
-        A, B = diagonal_init(self.init, self.d_state)
+        A, B = self._initial_system()
         self.A_real.copy_(inverse_transform(-A.real, self.real_transform).expand_as(self.A_real))
         self.A_imag.copy_(inverse_transform(-A.imag, self.imag_transform).expand_as(self.A_imag))
         self.B.copy_(torch.view_as_real(B).expand_as(self.B))
@@ -136,7 +138,7 @@ class S4DKernel(nn.Module):
         return torch.view_as_complex(self.C.new_zeros(batch, self.dim, self.d_state // 2, 2))
 
     def _system(self, rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """dt A (d, s), B (d, s) and C (c, d, s), complex, in float32 or wider."""
+        """The products dt A (d, s), B (d, s) and C (c, d, s), complex, in float32 or wider."""
         dt, A = self._dt(rate), self._A()
         B, C = as_complex(self.B)[0].repeat(self.dim // len(A), 1), as_complex(self.C)
         dt_A = dt * A.repeat(self.dim // len(A), 1)
@@ -207,7 +209,7 @@ class MinimalKernel(nn.Module):
         return 2 * torch.einsum("ds,dsl->dl", C_bar, torch.exp(A_bar[..., None] * steps)).real
 
     def system(self) -> tuple[Tensor, Tensor]:
-        """dt A and C (exp(dt A) - 1) / A, (d, s)."""
+        """The products dt A and C (exp(dt A) - 1) / A, (d, s)."""
         A = torch.complex(-torch.exp(wide(self.log_A_real)), wide(self.A_imag))
         dt_A = A * torch.exp(wide(self.log_dt))[:, None]
         return dt_A, as_complex(self.C) * torch.expm1(dt_A) / A
@@ -276,7 +278,10 @@ def transform(x: Tensor, name: str) -> Tensor:
     """From a stored to an actual parameter; "relu" keeps a small distance from zero."""
     if name == "relu":
         return F.relu(x) + _SMALLEST
-    return {"exp": torch.exp, "softplus": F.softplus, "sigmoid": torch.sigmoid, "none": torch.clone}[name](x)
+    transforms: dict[str, Callable[[Tensor], Tensor]] = {
+        "exp": torch.exp, "softplus": F.softplus, "sigmoid": torch.sigmoid, "none": torch.clone,
+    }  # fmt: skip
+    return transforms[name](x)
 
 
 def inverse_transform(x: Tensor, name: str) -> Tensor:
@@ -284,7 +289,10 @@ def inverse_transform(x: Tensor, name: str) -> Tensor:
     x = x.clamp(min=_SMALLEST)
     if name == "softplus":
         return x.expm1().log()
-    return {"exp": torch.log, "relu": torch.clone, "sigmoid": torch.logit, "none": torch.clone}[name](x)
+    transforms: dict[str, Callable[[Tensor], Tensor]] = {
+        "exp": torch.log, "relu": torch.clone, "sigmoid": torch.logit, "none": torch.clone,
+    }  # fmt: skip
+    return transforms[name](x)
 
 
 def as_complex(x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_ptd_is_stable_and_near(n):
     omega = torch.linspace(0, 2 * n * n, 300, dtype=torch.float64)
     C = torch.randn(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(torch.complex128)
     wanted = C @ torch.linalg.solve(1j * omega[:, None, None] * torch.eye(n) - A, B.to(C)).T
-    CB = (C @ found.V) * found.B
+    CB = (C @ found.V) * (found.V_inv @ B.to(C))
     pairs = torch.cat([found.Lambda, found.Lambda.conj()]), torch.cat([CB, CB.conj()], -1)
     error = (transfer_function(*pairs, omega) - wanted).abs().amax(-1) / wanted.abs().amax(-1)
     assert error.max() < 0.05

@@ -17,6 +17,7 @@ LAYERS = {
     "S4Block s4d bilinear": lambda **dd: S4Block(
         6, mode="s4d", d_state=8, disc="bilinear", channels=2, real_transform="softplus", dt_tie=False, n_ssm=3, **dd
     ),
+    "S4Block ptd": lambda **dd: S4Block(6, mode="s4d", d_state=16, init="ptd", **dd),
     "S4Block dplr": lambda **dd: S4Block(6, d_state=8, **dd),
     "S4Block legt": lambda **dd: S4Block(
         6, d_state=8, init="legt", rank=2, n_ssm=2, final_act="gelu", channels=2, **dd

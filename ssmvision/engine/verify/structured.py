@@ -138,8 +138,8 @@ def _kernels(case: Case, check: Callable[[dict[str, Any], str, Tensors, Tensors]
 def _s4d_kernel(kwargs: dict[str, Any], prefix: str, weights: Tensors, tensors: Tensors) -> Tensors:
     init, disc, real_transform = prefix.split(".")
     length = kwargs.pop("L")
-    options = {"init": init, "disc": disc, "real_transform": real_transform}
-    kernel = S4DKernel(**renamed(kwargs, {"d_model": "dim"}), **options)
+    kwargs |= {"init": init, "disc": disc, "real_transform": real_transform}
+    kernel = S4DKernel(**renamed(kwargs, {"d_model": "dim"}))
     found = _initialized(kernel, ("A_real", "A_imag"))
     kernel.load_state_dict(weights)
     found |= _kernel_and_gradients(kernel, length, tensors)
