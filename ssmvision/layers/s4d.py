@@ -95,6 +95,15 @@ class S4DKernel(nn.Module):
         self.A_imag.copy_(inverse_transform(-A.imag, self.imag_transform).expand_as(self.A_imag))
         self.B.copy_(torch.view_as_real(B).expand_as(self.B))
 
+    def _initial_system(self) -> tuple[Tensor, Tensor]:
+        if self.init != "ptd":
+            return diagonal_init(self.init, self.d_state)
+        system = ptd(self.d_state)
+        # Random in the basis of the undiagonalized system: in that of the eigenvectors, states cancel each other.
+        C = torch.randn(self.channels, self.dim, self.d_state, dtype=torch.float64).to(system.V) @ system.V
+        self.C.copy_(torch.view_as_real(C))
+        return system.Lambda, system.V_inv @ hippo("legs", self.d_state)[1].to(system.V)
+
     def forward(
         self, length: int, rate: float = 1.0, state: Optional[Tensor] = None
     ) -> tuple[Tensor, Optional[Tensor]]:

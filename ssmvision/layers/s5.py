@@ -276,22 +276,25 @@ class S5Encoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """As `forward`, after `states`; also returns each layer's state after the last token."""
         x, last = self.encoder(x), []
-        for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            x, state = layer.run(x, state, reset)
+        for index, layer in enumerate(self._stack()):
+            x, state = layer.run(x, None if states is None else states[index], reset)
             last.append(state)
         return x, last
 
     def step(self, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """One token (b, in_chans) after `states`: its output (b, dim) and the next states."""
         x, last = self.encoder(x), []
-        for layer, state in zip(self.layers, states, strict=True):
+        for layer, state in zip(self._stack(), states, strict=True):
             x, state = layer.step(x, state)
             last.append(state)
         return x, last
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """What precedes a sequence: zeros (b, p) for every layer."""
-        return [layer.initial_state(batch) for layer in self.layers]
+        return [layer.initial_state(batch) for layer in self._stack()]
+
+    def _stack(self) -> list[S5Layer]:
+        return [layer for layer in self.layers if isinstance(layer, S5Layer)]
 
 
 class S5Classifier(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssmvision.engine.verify.case import Case
 from ssmvision.hub import compare_keys
 
-__all__ = ["Tensors", "check_module", "kind_of", "load_strictly", "renamed", "within"]
+__all__ = ["Tensors", "check_module", "gradients", "kind_of", "load_strictly", "renamed", "within"]
 
 Tensors = dict[str, Tensor]
 
@@ -27,10 +27,14 @@ def check_module(case: Case, module: nn.Module, **inputs: Any) -> tuple[Tensors,
     x = case.tensors["input"].clone().requires_grad_()
     y = module(x, **inputs)
     y.pow(2).mean().backward()
-    found = {"output": y.detach(), "grad_input": x.grad}
-    found |= {f"grad.{name}": p.grad for name, p in module.named_parameters()}
     wanted = {name: t for name, t in case.tensors.items() if name in ("output", "grad_input") or name[:5] == "grad."}
-    return {name: t for name, t in found.items() if t is not None}, wanted
+    return {"output": y.detach()} | gradients(module, x), wanted
+
+
+def gradients(module: nn.Module, x: Tensor) -> Tensors:
+    """Of the input and the parameters, after the backward pass."""
+    tensors = {"grad_input": x} | {f"grad.{name}": p for name, p in module.named_parameters()}
+    return {name: t.grad for name, t in tensors.items() if t.grad is not None}
 
 
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.engine.verify.modules import Tensors, check_module, load_strictly, renamed
+from ssmvision.engine.verify.modules import Tensors, check_module, gradients, load_strictly, renamed
 from ssmvision.layers.s5 import S5, S5Classifier, S5Encoder, s5_from_flax
 
 __all__ = ["CHECKS"]
@@ -59,8 +59,7 @@ def _resets(case: Case) -> tuple[Tensors, Tensors]:
         found[f"output{suffix}"] = y.transpose(0, 1)
         found |= {f"output.hN{suffix}.{i}": torch.view_as_real(h)[None] for i, h in enumerate(last)}
     found["output"].pow(2).mean().backward()
-    found = {name: t.detach() for name, t in found.items()} | {"grad_input": x.grad}
-    found |= {f"grad.{name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    found = {name: t.detach() for name, t in found.items()} | gradients(module, x)
     wanted = {f"output.{name}": t for name, t in case.tensors.items() if name.startswith("hN")}
     wanted |= {name: t for name, t in case.tensors.items() if name in ("output", "output_no_reset", "grad_input")}
     return found, wanted | _official_gradients(case)
