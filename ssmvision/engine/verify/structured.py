@@ -14,6 +14,7 @@ from ssmvision.layers.hippo import MEASURES, diagonal_init, hippo, hippo_low_ran
 from ssmvision.layers.ptd import diagonalize, transfer_function
 from ssmvision.layers.s4 import S4Block, S4Kernel
 from ssmvision.layers.s4d import S4D, S4DKernel
+from ssmvision.layers.s4nd import S4ND
 
 __all__ = ["CHECKS"]
 
@@ -114,6 +115,13 @@ def _s4(case: Case) -> tuple[Tensors, Tensors]:
     return check_module(case, S4Block(**_s4_kwargs(case.meta["kwargs"])))
 
 
+def _s4nd(case: Case) -> tuple[Tensors, Tensors]:
+    kwargs = _s4_kwargs(case.meta["kwargs"])
+    kwargs.pop("contract_version", None)
+    kwargs.setdefault("spatial_dims", case.tensors["input"].dim() - 2)
+    return check_module(case, S4ND(**kwargs))
+
+
 def _dplr(case: Case) -> tuple[Tensors, Tensors]:
     return _kernels(case, _s4_kernel)
 
@@ -192,7 +200,7 @@ def _stepped(kernel: nn.Module, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _s4_kwargs(official: dict[str, Any]) -> dict[str, Any]:
     """Our arguments; those that choose among equal implementations have no effect on results."""
-    kwargs = renamed(official, {"d_model": "dim"})
+    kwargs = renamed(official, {"dim": "spatial_dims", "d_model": "dim", "out_channels": "out_chans"})
     for name in ("backend", "verbose", "deterministic", "tie_dropout"):
         kwargs.pop(name, None)
     for name, off in (("gate", None), ("bottleneck", None), ("weight_norm", False), ("drop_kernel", 0.0)):
@@ -207,5 +215,6 @@ CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
     "s4": _s4,
     "s4d": _s4d,
     "s4nplrdplr": _dplr,
+    "s4nd": _s4nd,
     "s4ptds5ptd": _ptd,
 }
