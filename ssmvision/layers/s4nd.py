@@ -94,7 +94,7 @@ class S4ND(nn.Module):
         if u.dim() != 2 + self.spatial_dims:
             raise RuntimeError(f"S4ND: x has shape {tuple(x.shape)}, expected {self.spatial_dims} spatial axes")
         rates = rate if isinstance(rate, tuple) else (rate,) * self.spatial_dims
-        y = self._convolve(wide(u), rates) + self.D[..., *[None] * self.spatial_dims] * u[:, None]
+        y = self._convolve(wide(u), rates) + self.D.view(*self.D.shape, *[1] * self.spatial_dims) * u[:, None]
         y = self.drop(self.activation(y.to(u.dtype).flatten(1, 2)))
         y = self.output_linear(y.movedim(1, -1))
         return y.movedim(-1, 1) if self.transposed else y
@@ -108,10 +108,14 @@ class S4ND(nn.Module):
         spectrum = torch.ones((), device=u.device)
         for axis, kernel in enumerate(kernels):
             transformed = (torch.fft.rfft if axis == axes[-1] else torch.fft.fft)(kernel)
-            spectrum = spectrum * transformed[(..., *[None] * axis, slice(None), *[None] * (axes[-1] - axis))]
+            others = [1] * axis, [1] * (axes[-1] - axis)
+            spectrum = spectrum * transformed.view(*kernel.shape[:-1], *others[0], -1, *others[1])
         where = tuple(range(-self.spatial_dims, 0))
         y = torch.fft.rfftn(u, sizes, where)[:, None] * spectrum.mean(0)
-        return torch.fft.irfftn(y, sizes, where)[(..., *[slice(extent) for extent in extents])]
+        y = torch.fft.irfftn(y, sizes, where)
+        for axis, extent in zip(where, extents, strict=True):
+            y = y.narrow(axis, 0, extent)
+        return y
 
     def _kernel(self, axis: int, extent: int, rate: float) -> Tensor:
         """(r, c, d, l) around a circle: backwards from its end if `bidirectional`."""

@@ -30,7 +30,7 @@ def weight(layer, c, offset):
     """What a place `offset` before another adds to it, by channel and rank."""
     product = 1
     for axis, distance in enumerate(offset):
-        kernel = layer.kernel[axis](8)[0].unflatten(0, (-1, layer.trank, layer.channels))[:, :, c]
+        kernel = layer.kernel[axis](9)[0].unflatten(0, (-1, layer.trank, layer.channels))[:, :, c]
         if distance < 0 and not layer.bidirectional:
             return torch.zeros(3, dtype=torch.float64)
         product = product * (kernel[0, ..., distance] if distance >= 0 else kernel[1, ..., -1 - distance])
