@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ssmvision.layers.ptd import diagonalize, transfer_function
 from ssmvision.layers.s4 import S4Block, S4Kernel
 from ssmvision.layers.s4d import S4D, S4DKernel
 from ssmvision.layers.s4nd import S4ND
+from ssmvision.layers.ssm2d import SSM2D
 
 __all__ = ["CHECKS"]
 
@@ -122,6 +124,20 @@ def _s4nd(case: Case) -> tuple[Tensors, Tensors]:
     return check_module(case, S4ND(**kwargs))
 
 
+def _ssm2d(case: Case) -> tuple[Tensors, Tensors]:
+    kwargs = dict(case.meta["kwargs"])
+    if kwargs.pop("normalize", False):
+        raise ValueError("the official option 'normalize' is not built here")
+    names = {"embed_dim": "dim", "ndim": "d_state", "directions_amount": "directions"}
+    layer = SSM2D(
+        **renamed(kwargs, {**names, "L": "side", "use_residual_inside_ssm": "use_residual"})
+        | {"side": math.isqrt(kwargs["L"])}
+    )
+    found, wanted = check_module(case, layer)
+    wanted |= {f"feat.{name}": case.tensors[name] for name in ("kernel", "kernel_naive_f64") if name in case.tensors}
+    return found | dict.fromkeys(("feat.kernel", "feat.kernel_naive_f64"), layer.kernel().detach()), wanted
+
+
 def _dplr(case: Case) -> tuple[Tensors, Tensors]:
     return _kernels(case, _s4_kernel)
 
@@ -211,6 +227,7 @@ def _s4_kwargs(official: dict[str, Any]) -> dict[str, Any]:
 
 # By the families' names, as `Case.family` gives them.
 CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
+    "2dssmbaronetal": _ssm2d,
     "hippos4init": _hippo,
     "s4": _s4,
     "s4d": _s4d,
