@@ -10,19 +10,20 @@ namespace {
 
 constexpr int STATES = 4;  // that go through a chunk together: they share the loads of dt, x and y
 
-// FIRST: these are the first states, and y is yet to be begun: as skip * input, where x enters as the input and leaves as
+// decay(t, e) computes the decays of step t. FIRST: these are the first states, and y is yet to be begun: as skip * input, where x enters as the input and leaves as
 // dt * input.
-template <int NS, bool FIRST, class Coefficient>
-static void advance(const vf (*decay)[ROOM], const vf* dt, vf* x, vf* y, vf skip, vf* state, const Coefficient* B,
+template <int NS, bool FIRST, class Decay, class Coefficient>
+[[gnu::always_inline]] static inline void advance(const Decay& decay, const vf* dt, vf* x, vf* y, vf skip, vf* state, const Coefficient* B,
                     const Coefficient* C, int64_t states, const Steps& steps) {
   vf h[NS];
   for (int i = 0; i < NS; ++i) h[i] = state[i];
   for (int t = 0; t < steps.count; ++t, B += states, C += states) {
     if (__builtin_expect(steps.reset[t], 0))
       for (int i = 0; i < NS; ++i) h[i] = vf{};
-    vf out = FIRST ? skip * x[t] : y[t];
+    vf e[NS], out = FIRST ? skip * x[t] : y[t];
+    decay(t, e);
     if (FIRST) x[t] *= dt[t];
-    for (int i = 0; i < NS; ++i) h[i] = decay[i][t] * h[i] + x[t] * lanes(B[i]);
+    for (int i = 0; i < NS; ++i) h[i] = e[i] * h[i] + x[t] * lanes(B[i]);
     for (int i = 0; i < NS; ++i) out += h[i] * lanes(C[i]);
     y[t] = out;
   }
@@ -34,14 +35,27 @@ template <int NS, class Coefficients>
 static void advance_states(const vf* dt, vf* x, vf* y, vf skip, const float* state, float* next, int64_t stride,
                            const float* A2, int64_t stride_a, const Coefficients& B, const Coefficients& C, int64_t n,
                            const Steps& steps, int width, bool bounded) {
-  vf h[NS], a2[NS], decay[NS][ROOM];
+  vf h[NS], a2[NS], table[NS][ROOM];
   for (int i = 0; i < NS; ++i) {
     h[i] = load_part(state + (n + i) * stride, width);
     a2[i] = load(A2 + (n + i) * stride_a);
   }
-  decays<NS>(decay, dt, a2, bounded, steps.count);
-  if (n == 0) advance<NS, true>(decay, dt, x, y, skip, h, B.at(0, n), C.at(0, n), B.states, steps);
-  else advance<NS, false>(decay, dt, x, y, skip, h, B.at(0, n), C.at(0, n), B.states, steps);
+  const auto through = [&](const auto& decay) {
+    if (n == 0) advance<NS, true>(decay, dt, x, y, skip, h, B.at(0, n), C.at(0, n), B.states, steps);
+    else advance<NS, false>(decay, dt, x, y, skip, h, B.at(0, n), C.at(0, n), B.states, steps);
+  };
+  if (NS > 1 && LANES == 16 && bounded) {  // 32 registers hold the recurrence and its exponentials
+    through([&](int t, vf* e) {
+      vf step[NS];
+      for (int i = 0; i < NS; ++i) step[i] = dt[t];
+      exp2_products<NS>(e, step, a2);
+    });
+  } else {
+    decays<NS>(table, dt, a2, bounded, steps.count);
+    through([&](int t, vf* e) {
+      for (int i = 0; i < NS; ++i) e[i] = table[i][t];
+    });
+  }
   for (int i = 0; i < NS; ++i) store_part(next + (n + i) * stride, h[i], width);
 }
 

@@ -46,26 +46,44 @@ static inline float hsum(vf v) {
   return s;
 }
 
+// out[i] = 2^f[i] for |f[i]| <= 1/2, to a relative error of 1e-7. The constant term is exactly 1, so that a decay of 2^0
+// never drifts over thousands of steps.
+template <int N>
+[[gnu::always_inline]] static inline void exp2_fractions(vf* out, const vf* f) {
+  for (int i = 0; i < N; ++i) out[i] = splat(0.00132647273f) * f[i] + splat(0.00967151299f);
+  for (int i = 0; i < N; ++i) out[i] = out[i] * f[i] + splat(0.0555073358f);
+  for (int i = 0; i < N; ++i) out[i] = out[i] * f[i] + splat(0.240222424f);
+  for (int i = 0; i < N; ++i) out[i] = out[i] * f[i] + splat(0.693147004f);
+  for (int i = 0; i < N; ++i) out[i] = out[i] * f[i] + splat(1.f);
+}
+
+// out[i] = 2^(a[i] b[i]) where |a[i] b[i]| <= 126 is known: no comparisons. The N chains advance in lockstep: a core's
+// floating-point scheduler is too short to overlap whole chains one after the other, and four to five of them fill its
+// pipes. Always inlined, so that the arrays are registers.
+#if defined(__AVX512F__) && LANES == 16
+// AVX-512 rounds and scales in one instruction each, off the multipliers: 1.3 times as fast as the arithmetic below.
+template <int N>
+[[gnu::always_inline]] static inline void exp2_products(vf* out, const vf* a, const vf* b) {
+  vf x[N], whole[N], p[N];
+  for (int i = 0; i < N; ++i) x[i] = a[i] * b[i];
+  for (int i = 0; i < N; ++i) whole[i] = (vf)_mm512_roundscale_ps((__m512)x[i], _MM_FROUND_TO_NEAREST_INT);
+  for (int i = 0; i < N; ++i) x[i] = (vf)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEAREST_INT);
+  exp2_fractions<N>(p, x);
+  for (int i = 0; i < N; ++i) out[i] = (vf)_mm512_scalef_ps((__m512)p[i], (__m512)whole[i]);
+}
+#else
 // Adding 1.5 * 2^23 rounds a number to an integer and leaves that integer in the low bits of the mantissa.
 constexpr float ROUNDER = 12582912.f;
 
-// out[i] = 2^(a[i] b[i]) where |a[i] b[i]| <= 126 is known: no comparisons, and the product is never rounded.
-// The polynomial is 2^f on [-1/2, 1/2] to a relative error of 1e-7; its constant term is exactly 1, so that a decay of
-// 2^0 never drifts over thousands of steps. The N chains advance in lockstep: a core's floating-point scheduler is too
-// short to overlap whole chains one after the other, and four to five of them fill its pipes. Always inlined, so that
-// the arrays are registers.
 template <int N>
 [[gnu::always_inline]] static inline void exp2_products(vf* out, const vf* a, const vf* b) {
   vf rounded[N], f[N], p[N];
   for (int i = 0; i < N; ++i) rounded[i] = a[i] * b[i] + splat(ROUNDER);
   for (int i = 0; i < N; ++i) f[i] = a[i] * b[i] - (rounded[i] - splat(ROUNDER));
-  for (int i = 0; i < N; ++i) p[i] = splat(0.00132647273f) * f[i] + splat(0.00967151299f);
-  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(0.0555073358f);
-  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(0.240222424f);
-  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(0.693147004f);
-  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(1.f);
+  exp2_fractions<N>(p, f);
   for (int i = 0; i < N; ++i) out[i] = (vf)((vi)p[i] + ((vi)rounded[i] << 23));
 }
+#endif
 
 // 2^x for any x. Far below 2^-126 the result is a positive number under 1e-37; NaN stays NaN.
 static inline vf exp2v(vf x) {
