@@ -13,6 +13,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler reports a mis
 import torch
 
 from ssmvision.engine import benchmark
+from ssmvision.engine.benchmark import Bar, operators
+from ssmvision.ops import backend_info
 
 EPILOG = """
 examples:
@@ -25,8 +27,8 @@ examples:
   any models, side by side in one run; the first is the yardstick
     python tools/benchmark.py models --models swin_tiny_patch4_window7_224 vmamba_tiny_s1l8 --img-size 384 --train
 
-Everything that is compared runs in turn in one process. Read the ratios: absolute times belong to the machine named in
-the first line.
+Everything that is compared runs in turn in one process. Times are lower quartiles. Read the ratios: absolute
+times belong to the machine named in the first line. "met" and "NOT met" judge a figure against the bar set for it.
 """
 
 # (yardstick, ours, image size, forward and backward?)
@@ -36,6 +38,11 @@ PAIRS = (
     ("vit_tiny_patch16_224", "vim_tiny_patch16_224", 224, False),
     ("vit_tiny_patch16_224", "vim_tiny_patch16_224", 1024, False),
 )
+MODEL_BARS = {
+    ("vmamba_tiny_s1l8", 224, False, "time ratio"): Bar(1.15, at_least=False),
+    ("vmamba_tiny_s1l8", 224, False, "scan share"): Bar(0.1, at_least=False),
+    ("vmamba_tiny_s1l8", 224, True, "time ratio"): Bar(1.3, at_least=False),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,29 +60,59 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def print_figure(name: str, value: float, bar: Bar | None = None, unit: str = "") -> None:
+    """One figure, and whether it meets its bar."""
+    print(f"  {name:24s} {value:10.3g}{unit:4s}" + (f"   {bar.judge(value)}" if bar else ""), flush=True)
+
+
+def print_scan(name: str, repeats: int, bandwidth: float) -> None:
+    """Errors first, then times, ratios and fractions of the limits."""
+    shape = benchmark.OPS[name]
+    found = benchmark.measure_op(shape, repeats)
+    seconds = 1e-3 * found["forward"]
+    found["of bandwidth limit"] = shape.bytes / seconds / bandwidth
+    bars = operators.bars(shape)
+    print(f"selective_scan, {name}: batch {shape.batch}, routes {shape.routes}, d {shape.channels}, n {shape.states}, "
+          f"l {shape.tokens}")  # fmt: skip
+    for figure, value in found.items():
+        milliseconds = figure.split()[-1] in ("forward", "backward", "train") and "/" not in figure
+        print_figure(figure, value, bars.get(figure), " ms" if milliseconds else "")
+
+
 def print_ops(names: Sequence[str], repeats: int) -> None:
-    """One line a shape: error first, then times and ratios."""
-    limit = benchmark.exp_limit()
-    print(f"torch.exp on one thread, in cache: {limit / 1e9:.2f} G/s\n")
-    for name in names:
-        shape = benchmark.OPS[name]
-        found = benchmark.measure_op(shape, repeats)
-        print(f"{name}: batch {shape.batch}, routes {shape.routes}, d {shape.channels}, n {shape.states}, "
-              f"l {shape.tokens}; error {found['error']:.1e}")  # fmt: skip
-        for kind in ("forward", "train"):
-            line = f"  {kind:8s} {found[kind]:9.2f} ms"
-            for slow in ("published form", "our reference"):
-                if (time := found.get(f"{kind}, {slow}")) is not None:
-                    line += f"   {slow} {time:9.1f} ms = {time / found[kind]:.0f}x"
-            print(line)
-        rate = shape.elements / (1e-3 * found["forward"])
-        print(f"  {rate / 1e9:.2f} G state updates/s = {rate / limit:.2f} of torch.exp's rate")
-        if "routes" in found:
-            ratio = found["routes"] / found["no routes"]
-            print(
-                f"  along four routes, merged: {found['routes']:.2f} ms = {ratio:.2f}x the same scans in raster order"
-            )
-        print(flush=True)
+    """The machine's limits, every selective scan, and, if no shapes were chosen, all that is measured once."""
+    exp, bandwidth = benchmark.exp_limit(), benchmark.bandwidth_limit()
+    print(f"limits of one core: {exp / 1e9:.2f} G exponentials/s (the kernels' 2^x in L1), "
+          f"{bandwidth / 1e9:.1f} GB/s (copy in memory)\n")  # fmt: skip
+    for name in names or benchmark.OPS:
+        print_scan(name, repeats, bandwidth)
+        print()
+    if names:
+        return
+    for operator, found in benchmark.measure_layers(repeats).items():
+        print(f"{operator}: {found['ours']:.3g} ms, PyTorch {found['PyTorch']:.3g} ms = "
+              f"{found['PyTorch'] / found['ours']:.1f}x; "
+              f"{found['bytes'] / (1e-3 * found['ours']) / bandwidth:.2f} of bandwidth limit")  # fmt: skip
+        if "share" in found:
+            print_figure("share of the layer", found["share"], Bar(0.05, at_least=False))
+    for package, times in benchmark.measure_others(benchmark.OPS["Vim-T"], max(2, repeats // 10)).items():
+        if times is None:
+            print(f'{package}: not installed, skipped (pip install "ssmvision[benchmark]")')
+        else:
+            print(f"{package} at Vim-T: {times[1]:.3g} ms, ours {times[0]:.3g} ms = {times[1] / times[0]:.0f}x")
+    print_processes()
+
+
+def print_processes() -> None:
+    """What is measured in processes of its own."""
+    if backend_info()["cpu"]["detail"] == "avx512":
+        ratio = benchmark.instruction_set_ratio("avx2", "avx512", "Vim-T")
+        if ratio is not None:
+            print_figure("AVX2 / AVX-512 at Vim-T", ratio, Bar(1.7, at_least=False))
+    memory, short = benchmark.training_memory(32768), benchmark.training_memory(4096)
+    if memory is not None and short is not None:
+        print_figure("volume, train memory", memory, Bar(80, at_least=False), " MiB")
+        print_figure("memory at l 32768 / 4096", memory / short, Bar(8 * 1.15, at_least=False))
 
 
 def print_pair(yardstick: str, ours: str, size: int, train: bool, repeats: int) -> None:
@@ -87,12 +124,16 @@ def print_pair(yardstick: str, ours: str, size: int, train: bool, repeats: int) 
     line = f"{ours} {kind} at {size}: {times[ours]:.0f} ms, {yardstick} {times[yardstick]:.0f} ms"
     ratio = times[ours] / times[yardstick]
     line += f", ratio {ratio:.2f}" if ratio > 0.5 else f", {1 / ratio:.1f}x faster"
-    if not train:
-        line += f"; scan share {100 * benchmark.scan_share(*models[ours]):.0f} %"
+    share = None if train else benchmark.scan_share(*models[ours])
+    if share is not None:
+        line += f"; scan share {100 * share:.0f} %"
         peaks = {name: benchmark.peak_memory(name, size) for name in (ours, yardstick)}
         if all(peaks.values()):
             line += f"; peak memory {peaks[ours]:.0f} MiB, {yardstick} {peaks[yardstick]:.0f} MiB"
     print(line, flush=True)
+    for figure, value in (("time ratio", ratio), ("scan share", share)):
+        if value is not None and (bar := MODEL_BARS.get((ours, size, train, figure))):
+            print_figure(figure, value, bar)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     print(benchmark.hardware() + "\n", flush=True)
     if args.what == "ops":
-        print_ops(args.shapes or tuple(benchmark.OPS), args.repeats or 30)
+        print_ops(args.shapes or (), args.repeats or 30)
         return 0
     pairs = list(PAIRS)
     if args.models:

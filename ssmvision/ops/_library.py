@@ -140,9 +140,22 @@ def empty_like_layout(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | No
     return x.new_empty(b, k, d, length, dtype=dtype)
 
 
-def settle(declared: list[Tensor], found: Gradients) -> list[Tensor]:
-    """Gradients in the types and layouts that fake tensors promise; empty where an input is absent."""
-    for target, value in zip(declared, found, strict=True):
-        if value is not None and value is not target:
+def settle(declared: list[Tensor], found: Gradients, given: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    """Gradients in the types and layouts that fake tensors promise; empty where an input is absent.
+
+    Args:
+        declared: Uninitialized tensors of those types and layouts.
+        found: What a backend returned.
+        given: The incoming gradients, which an operator must not hand on. With them, what fits is taken as it is and
+            its declared memory never touched; without, everything is copied.
+    """
+    borrowed = {x.data_ptr() for x in given or () if x is not None}
+    for i, (target, value) in enumerate(zip(declared, found, strict=True)):
+        if value is None or value is target:
+            continue
+        fits = value.dtype == target.dtype and value.stride() == target.stride()
+        if given is not None and fits and value.data_ptr() not in borrowed:
+            declared[i] = value
+        else:
             target.copy_(value)
     return declared

@@ -289,7 +289,7 @@ def _backward(dy: Tensor, dlast: Optional[Tensor], checkpoints: Tensor, u: Tenso
     *rest, backend = args
     grads = _allocate_grads(u, *rest[:8])
     found = _backend.choose("selective_scan", backend, u).backward(dy, dlast, checkpoints, u, *rest)
-    return settle(grads, found)
+    return settle(grads, found, given=(dy, dlast))
 
 
 def _backward_fake(dy: Tensor, dlast: Optional[Tensor], checkpoints: Tensor, *args: Any) -> list[Tensor]:

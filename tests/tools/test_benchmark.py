@@ -1,21 +1,74 @@
 """The benchmark checks before it measures, and prints what it says it prints."""
 
+import sys
+
 import pytest
 import torch
 
 from ssmvision.engine import benchmark
-from ssmvision.engine.benchmark import OpShape
+from ssmvision.engine.benchmark import Bar, OpShape, operators, others, published_scan, timing
+from ssmvision.ops import cpu
 from ssmvision_tools import benchmark as tool
 
 
 @pytest.mark.parametrize("shape", [OpShape(1, 1, 16, 3, 9), OpShape(2, 4, 16, 2, 16)])
-def test_native_scan_is_checked_against_the_published_form(shape: OpShape) -> None:
+def test_every_figure_of_a_scan(shape: OpShape) -> None:
     found = benchmark.measure_op(shape, repeats=1, slow_repeats=1)
-    assert found["error"] < 1e-5
-    kinds = {"forward", "train"}
-    assert {f"{kind}, {slow}" for kind in kinds for slow in ("published form", "our reference")} <= found.keys()
-    assert ("routes" in found) == (shape.routes == 4)
-    assert all(value > 0 for name, value in found.items() if name != "error")
+    assert found.pop("output error") < 2e-6
+    assert found.pop("gradient error") < 5e-6
+    assert {"forward speedup", "train speedup", "backward / forward", "of exp limit"} <= found.keys()
+    assert ("routes / raster" in found) == (shape.routes == 4)
+    assert all(value > 0 for value in found.values())
+
+
+def test_scans_that_disagree_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "published_scan", lambda *args: 2 * published_scan(*args))
+    with pytest.raises(RuntimeError, match="scans disagree"):
+        benchmark.measure_op(OpShape(1, 1, 16, 3, 9), repeats=1)
+
+
+def test_a_bar_is_met_or_not() -> None:
+    assert Bar(50).judge(50) == "bar >= 50: met"
+    assert Bar(50).judge(49.9) == "bar >= 50: NOT met"
+    assert Bar(1.15, at_least=False).judge(1.15) == "bar <= 1.15: met"
+    assert Bar(1.15, at_least=False).judge(1.16) == "bar <= 1.15: NOT met"
+
+
+def test_time_is_the_lower_quartile(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 5, 10, 11, 20, 23, 30, 32, 40, 49])  # 5, 1, 3, 2 and 9 seconds
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert benchmark.interleaved({"call": lambda: None}, repeats=5) == {"call": 2000}
+
+
+def test_bare_exponentials_are_right() -> None:
+    cpu.load()
+    x = torch.linspace(-126, 126, 256)
+    out = torch.full_like(x, torch.nan)
+    torch.ops.ssmvision_cpu.exp2(x, 2, out)
+    torch.testing.assert_close(out.double(), torch.exp2(x.double()), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("package", ["mambapy", "transformers"])
+def test_what_could_be_installed_instead_agrees(package: str) -> None:
+    pytest.importorskip(package)
+    times = benchmark.measure_others(OpShape(1, 1, 32, 16, 9), repeats=1)[package]
+    assert times is not None
+    assert min(times) > 0
+
+
+def test_what_is_not_installed_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "find_spec", lambda name: None)
+    found = benchmark.measure_others(OpShape(1, 1, 32, 16, 9), repeats=1)
+    assert found == {"mambapy": None, "transformers": None}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_memory_of_training_is_linear_in_length() -> None:
+    short, long = benchmark.training_memory(8192), benchmark.training_memory(16384)
+    assert short is not None
+    assert long is not None
+    assert 1.7 < long / short < 2.2
+    assert 2 * long < 80
 
 
 def test_calls_take_turns() -> None:
@@ -34,8 +87,9 @@ def test_ops_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert "scan backend" in out.splitlines()[0]
-    assert "published form" in out
-    assert "along four routes, merged" in out
+    assert "exponentials/s" in out
+    assert "published forward" in out
+    assert "bar <= 1.15: " in next(line for line in out.splitlines() if "routes / raster" in line)
 
 
 def test_models_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:

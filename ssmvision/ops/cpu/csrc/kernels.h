@@ -114,4 +114,7 @@ void ssd_backward(const SsdGrad&, int64_t ib, int64_t slice, int64_t ih);
 void linear_scan_forward(const LinearScan&, int64_t ib, int64_t d0, int64_t d1);
 void linear_scan_backward(const LinearScanGrad&, int64_t ib, int64_t slice, int64_t d0, int64_t d1);
 
+// out[i] = 2^x[i] for |x[i]| <= 126, `passes` times over, to measure what bounds the scans.
+void exp2_passes(const float* x, int64_t count, int64_t passes, float* out);
+
 }  // namespace ssmvision

@@ -265,6 +265,9 @@ void call_linear_scan_backward(Tensor dh, Optional dlast, Tensor h, Tensor a, Op
   });
 }
 
+// out = 2^x for x in [-126, 126], `passes` times over: what a core can do at most.
+void call_exp2(Tensor x, int64_t passes, Tensor out) { exp2_passes(floats(x), x.numel(), passes, floats(out)); }
+
 }  // namespace
 }  // namespace ssmvision
 
@@ -278,6 +281,7 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
       "Tensor? D, Tensor? bias, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
       "Tensor checkpoints, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, "
       "Tensor(f!)? dD, Tensor(g!)? dbias, Tensor(h!) dinitial) -> ()");
+  m.def("exp2(Tensor x, int passes, Tensor(a!) out) -> ()");
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? reset, bool silu, int slices, "
       "Tensor(a!) y) -> ()");
@@ -302,6 +306,7 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&ssmvision::call_scan_forward));
   m.impl("selective_scan_backward", TORCH_BOX(&ssmvision::call_scan_backward));
+  m.impl("exp2", TORCH_BOX(&ssmvision::call_exp2));
   m.impl("causal_conv1d", TORCH_BOX(&ssmvision::call_conv_forward));
   m.impl("causal_conv1d_backward", TORCH_BOX(&ssmvision::call_conv_backward));
   m.impl("ssd_scan", TORCH_BOX(&ssmvision::call_ssd_forward));

@@ -120,4 +120,18 @@ void scan_forward(const Scan& s, int64_t ib, int64_t d0, int64_t d1) {
   }
 }
 
+void exp2_passes(const float* x, int64_t count, int64_t passes, float* out) {
+  constexpr int64_t BLOCK = 4 * LANES;  // numbers past the last whole block are left out
+  vf rate[4], in[4], result[4];
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    for (int j = 0; j < 4; ++j) rate[j] = splat(1.f);
+    asm volatile("" : : "r"(x), "r"(out) : "memory");  // every pass counts
+    for (int64_t i = 0; i + BLOCK <= count; i += BLOCK) {
+      for (int j = 0; j < 4; ++j) in[j] = load(x + i + j * LANES);
+      exp2_products<4>(result, in, rate);
+      for (int j = 0; j < 4; ++j) store(out + i + j * LANES, result[j]);
+    }
+  }
+}
+
 }  // namespace ssmvision
