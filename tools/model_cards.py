@@ -25,7 +25,7 @@ CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 def render_all() -> dict[str, str]:
     """The card of every registered weight, and of every network with its twin, by file name."""
     # Also those that must be downloaded by hand, which timm does not count as pretrained.
-    published = (name for name in list_models(include_tags=True) if name in _of_family(name))
+    published = (name for name in list_models(include_tags=True) if name in published_of_family(name))
     weights = {f"{name}.md": _render(name) for name in sorted({*list_models(pretrained=True), *published})}
     networks = [name for name in list_models(exclude_filters=["test_*", f"*{TWIN}"]) if is_network(name)]
     return weights | {f"{name}.md": _render_network(name) for name in networks}
@@ -33,27 +33,29 @@ def render_all() -> dict[str, str]:
 
 def _render(name: str) -> str:
     cfg = timm.models.get_arch_pretrained_cfgs(name)[name].to_dict()
-    return render_card(name, cfg, _published(name), _parameters(name))
+    return render_card(name, cfg, _published(name), parameters(name))
 
 
 def _render_network(name: str) -> str:
     cfg = network_cfg(name)
-    return render_network_card(name, cfg, _parameters(name), _parameters(cfg.twin) if cfg.twin else 0)
+    return render_network_card(name, cfg, parameters(name), parameters(cfg.twin) if cfg.twin else 0)
 
 
-def _of_family(name: str) -> dict[str, Published]:
+def published_of_family(name: str) -> dict[str, Published]:
+    """What the family of a model says about its weights; nothing for networks beside timm's registry."""
     return getattr(sys.modules[model_entrypoint(name).__module__], "PUBLISHED", {}) if timm.is_model(name) else {}
 
 
 def _published(name: str) -> Published:
-    published = _of_family(name).get(name)
+    published = published_of_family(name).get(name)
     if published is None:
         raise LookupError(f"{model_entrypoint(name).__module__}.PUBLISHED says nothing about {name}.")
     return published
 
 
 @cache
-def _parameters(name: str) -> int:
+def parameters(name: str) -> int:
+    """Number of parameters of a model, built on the meta device."""
     return sum(parameter.numel() for parameter in create_model(name, device="meta").parameters())
 
 

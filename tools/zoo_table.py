@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_arch_pretrained_cfgs
 
 from ssmvision import list_models
 from ssmvision.engine import benchmark
-from ssmvision.models._builder import _forbids_commercial_use
-from ssmvision_tools.model_cards import _of_family, _parameters
+from ssmvision.models._builder import forbids_commercial_use
+from ssmvision_tools.model_cards import parameters, published_of_family
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -32,7 +33,7 @@ HEAD = "| family | paper | model | parameters | top-1 | licence of the weights |
 
 def architectures() -> list[str]:
     """Architectures with published weights, in the order of the registry."""
-    names = [name.partition(".")[0] for name in list_models(include_tags=True) if name in _of_family(name)]
+    names = [name.partition(".")[0] for name in list_models(include_tags=True) if name in published_of_family(name)]
     return list(dict.fromkeys(names))
 
 
@@ -51,9 +52,9 @@ def _family(name: str) -> str:
 
 
 def _row(name: str, ratio: float | None) -> str:
-    tags = {tag: cfg for tag, cfg in get_arch_pretrained_cfgs(name).items() if tag in _of_family(tag)}
+    tags = {tag: cfg for tag, cfg in get_arch_pretrained_cfgs(name).items() if tag in published_of_family(tag)}
     tag, cfg = next(iter(tags.items()))
-    published = _of_family(tag)[tag]
+    published = published_of_family(tag)[tag]
     ids = cfg.paper_ids if isinstance(cfg.paper_ids, str) else (cfg.paper_ids or ("",))[0]
     paper = ids.removeprefix("arXiv:")
     top1 = "–" if published.top1 is None else f"{published.top1}"
@@ -61,11 +62,11 @@ def _row(name: str, ratio: float | None) -> str:
         data = "" if published.dataset == "ImageNet-1K" else f"{published.dataset} "
         top1 += f" ({data}@{published.resolution})"
     licence = published.weights_license or cfg.license or "none stated"
-    if _forbids_commercial_use(licence):
+    if forbids_commercial_use(licence):
         licence = f"**{licence}**, non-commercial"
     if published.by_hand:
         licence += ", download by hand"
-    cells = [_family(name), f"[{paper}](https://arxiv.org/abs/{paper})", f"`{name}`", f"{_parameters(tag) / 1e6:.1f}M",
+    cells = [_family(name), f"[{paper}](https://arxiv.org/abs/{paper})", f"`{name}`", f"{parameters(tag) / 1e6:.1f}M",
              top1, licence, "–" if ratio is None else f"{ratio:.2f}"]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timings = json.loads(TIMINGS.read_text(encoding="utf-8"))
     if args.measure is not None:
         names = args.measure or [name for name in architectures() if "_video" not in name and "_pretrain" not in name]
-        benchmark.torch.set_num_threads(1)
+        torch.set_num_threads(1)
         timings = measure(names, args.repeats, timings)
         TIMINGS.write_text(json.dumps(timings, indent=2) + "\n", encoding="utf-8")
     readme = README.read_text(encoding="utf-8")

@@ -246,7 +246,8 @@ def _misfit(source: str, model: nn.Module, report: KeyReport) -> str:
     return f"{source} does not fit {name}, {report.summary()}."
 
 
-def _forbids_commercial_use(licence: str) -> bool:
+def forbids_commercial_use(licence: str) -> bool:
+    """Whether the words of a licence say so."""
     words = re.split(r"[^a-z]+", licence.lower().replace("non-commercial", "noncommercial"))
     return bool({"nc", "noncommercial", "research"} & set(words))
 
@@ -254,5 +255,5 @@ def _forbids_commercial_use(licence: str) -> bool:
 @cache
 def announce_licence(name: str, licence: str) -> None:
     """Warn, once in a process, if a licence of weights forbids commercial use."""
-    if _forbids_commercial_use(licence):
+    if forbids_commercial_use(licence):
         warnings.warn(f"The weights {name} come under {licence}, which forbids commercial use.", stacklevel=4)

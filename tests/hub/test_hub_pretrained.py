@@ -163,7 +163,7 @@ def test_licences_that_forbid_commercial_use_are_announced_once(reference, recwa
     ],
 )
 def test_which_licences_forbid_commercial_use(licence, forbids):
-    assert _builder._forbids_commercial_use(licence) is forbids
+    assert _builder.forbids_commercial_use(licence) is forbids
 
 
 SCRIPT = """

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmvision.ops import causal_conv1d, selective_scan
 
@@ -57,7 +58,7 @@ def _transformers(shape: OpShape) -> tuple[Callable[[], Tensor], Callable[[], Te
     return lambda: _mixer(mixer, x), lambda: mixer(x)
 
 
-def _mixer(mixer: nn.Module, x: Tensor) -> Tensor:
+def _mixer(mixer: Any, x: Tensor) -> Tensor:
     u, z = mixer.in_proj(x).chunk(2, dim=-1)
     u = causal_conv1d(u.transpose(1, 2), mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, silu=True)
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
