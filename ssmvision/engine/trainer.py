@@ -26,6 +26,7 @@ from ssmvision.data import UserError
 from .checkpoint import ResumeError, rng_state, set_rng_state
 from .distributed import Ranks
 from .evaluate import autocast, evaluate
+from .parameter_groups import separate_own_groups
 from .run_folder import RunFolder
 from .signals import Interrupted, StopRequest
 
@@ -268,6 +269,7 @@ def _optimizer_and_schedule(args: Namespace, model: nn.Module, batches: int) -> 
         raise UserError("--sched plateau keeps no state, so a run could not be resumed exactly; use cosine or wsd.")
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
+        separate_own_groups(optimizer)
         scheduler, _ = create_scheduler_v2(
             optimizer,
             **{**scheduler_kwargs(args), "step_on_epochs": False},

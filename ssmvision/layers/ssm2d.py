@@ -25,8 +25,8 @@ class SSM2D(nn.Module):
         xv[i, j] = f (A_3 xh[i-1, j] + A_4 xv[i-1, j]) + B_2 u[i, j]
         y[i, j] = (C_1 xh[i, j] + C_2 xv[i, j]) / sqrt(n)
 
-    f is 1/2 where both states that enter can differ from zero after one impulse, else 1. The kernel, y after an impulse,
-    is doubled in its first row and column, except at their corner.
+    f is 1/2 where both states that enter can differ from zero after one impulse, else 1. The kernel, y after an
+    impulse, is doubled in its first row and column, except at their corner.
 
     Args:
         dim: Channels.
@@ -108,22 +108,24 @@ class SSM2D(nn.Module):
         # Which states an impulse reaches: along rows all but the first column, along columns all but the first row.
         into_h = ((row == 0) & (column == 1)) | ((row >= 1) & (column >= 2))
         halves = [torch.where(both, 0.5, 1.0)[..., None, None] for both in (into_h, into_h.T)]
-        decays = [(halves[i // 2] * A[i])[None].expand(1, side, side, *B_1.shape) for i in range(4)]
+        a1, a2, a3, a4 = ((halves[i // 2] * A[i])[None].expand(1, side, side, *B_1.shape) for i in range(4))
         impulse = ((row == 0) & (column == 0))[..., None, None]
-        h, v = linear_scan_2d(*decays, (impulse * B_1)[None], (impulse * B_2)[None])
+        h, v = linear_scan_2d(a1, a2, a3, a4, (impulse * B_1)[None], (impulse * B_2)[None])
         return h[0], v[0]
 
     def _system(self) -> tuple[list[Tensor], list[Tensor]]:
         """A_1 to A_4 and B_1, B_2 (k, n), C_1 and C_2 (directions * dim, n)."""
         inputs, outputs = [wide(x).sigmoid() for x in (self.B_1, self.B_2)], [self.C_1, self.C_2]
         if not self.complex_ssm:
-            return [wide(x).sigmoid() for x in self.get_submodule("A").values()], inputs + [wide(C) for C in outputs]
-        angles, radii = (self.get_submodule(group).values() for group in ("A_angle", "A_radius"))
+            return [wide(x).sigmoid() for x in self._matrices("A")], inputs + [wide(C) for C in outputs]
         A = [
             torch.polar(wide(radius).sigmoid(), 2 * math.pi * wide(angle).sigmoid())
-            for radius, angle in zip(radii, angles, strict=True)
+            for radius, angle in zip(self._matrices("A_radius"), self._matrices("A_angle"), strict=True)
         ]
         return A, [as_complex(x) for x in inputs + outputs]
+
+    def _matrices(self, group: str) -> list[Tensor]:
+        return [self.get_parameter(f"{group}.{name}") for name in _MATRICES]
 
 
 def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
