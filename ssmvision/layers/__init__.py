@@ -7,6 +7,7 @@ from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
 from .linear_attention import MambaLikeLinearAttention
 from .local_mamba import LocalMamba
 from .mamba import Mamba
+from .mamba2 import Mamba2
 from .mambavision_mixer import MambaVisionMixer
 from .noncausal_ssd import NonCausalSSD
 from .spatial_ssm import StructureAwareSSM
@@ -22,6 +23,7 @@ __all__ = [
     "LocalMamba",
     "LocalSS2D",
     "Mamba",
+    "Mamba2",
     "MambaLikeLinearAttention",
     "MambaVisionMixer",
     "ModulatedGroupMamba",

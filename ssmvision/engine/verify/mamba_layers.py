@@ -1,0 +1,82 @@
+"""Layers of the Mamba family against the official ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ssmvision.engine.verify.case import Case
+from ssmvision.layers import Mamba, Mamba2
+from ssmvision.ops import resets_from_seq_idx
+
+__all__ = ["CHECKS"]
+
+Tensors = dict[str, Tensor]
+# Of official constructors: what only initializes, chooses a kernel, or belongs to training.
+_WITHOUT_EFFECT = {
+    "A_init_range", "chunk_size", "conv_init", "device", "dt_init", "dt_init_floor", "dt_max", "dt_min",
+    "dt_scale", "dtype", "layer_idx", "process_group", "sequence_parallel", "use_fast_path", "use_mem_eff_path",
+}  # fmt: skip
+
+
+def _arguments(kwargs: dict[str, Any], renamed: dict[str, str], ignored: Iterable[str] = ()) -> dict[str, Any]:
+    """Official arguments under our names, without those that change nothing here."""
+    without = _WITHOUT_EFFECT.union(ignored)
+    return {renamed.get(name, name): value for name, value in kwargs.items() if name not in without}
+
+
+def _load(module: nn.Module, case: Case, rename: Callable[[str], str | None]) -> nn.Module:
+    """The module in eval mode with the case's weights, loaded strictly; official keys that `rename` maps to None are
+    known to have no effect."""
+    module.load_state_dict({name: x for key, x in case.weights.items() if (name := rename(key)) is not None})
+    return module.eval()
+
+
+def _same(key: str) -> str | None:
+    return key
+
+
+def _differentiate(module: nn.Module, case: Case, output: Tensor, x: Tensor, rename: Callable[[str], str | None]) -> Any:
+    """The output and gradients of its mean square, found and wanted, both under our names."""
+    output.pow(2).mean().backward()
+    found = {f"grad.{name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    found |= {"output": output.detach(), "grad_input": x.grad}
+    names = {key: "output" for key in case.tensors if key == "output"}
+    names |= {key: key for key in case.tensors if key == "grad_input"}
+    names |= {key: f"grad.{rename(key.removeprefix('grad.'))}" for key in case.tensors if key.startswith("grad.")}
+    return found, {name: case.tensors[key] for key, name in names.items()}
+
+
+def _check(
+    module: nn.Module, case: Case, rename: Callable[[str], str | None] = _same, **inputs: Tensor
+) -> tuple[Tensors, Tensors]:
+    """Load, run and differentiate a module from tensors to a tensor."""
+    x = case.tensors["input"].requires_grad_()
+    output = _load(module, case, rename)(x, **inputs)
+    return _differentiate(module, case, output, x, rename)
+
+
+def _packed(case: Case) -> Tensors:
+    """Where packed sequences start, if the case has several in a row."""
+    return {"reset": resets_from_seq_idx(case.tensors["seq_idx"])} if "seq_idx" in case.tensors else {}
+
+
+def _mamba1(case: Case) -> tuple[Tensors, Tensors]:
+    kwargs = _arguments(case.meta["kwargs"], {"d_model": "dim"})
+    if kwargs.get("dt_rank") == "auto":
+        del kwargs["dt_rank"]
+    return _check(Mamba(**kwargs), case, **_packed(case))
+
+
+def _mamba2(case: Case) -> tuple[Tensors, Tensors]:
+    kwargs = _arguments(case.meta["kwargs"], {"d_model": "dim"})
+    return _check(Mamba2(**kwargs), case, **_packed(case))
+
+
+# By the families' names, as `Case.family` gives them.
+CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
+    "mamba1": _mamba1,
+    "mamba2": _mamba2,
+}
