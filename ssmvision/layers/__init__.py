@@ -4,6 +4,7 @@ from .bimamba import BiMamba
 from .channel_attention import ChannelAttention
 from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
+from .hydra import Hydra
 from .linear_attention import MambaLikeLinearAttention
 from .local_mamba import LocalMamba
 from .mamba import Mamba
@@ -20,6 +21,7 @@ __all__ = [
     "ChannelAttention",
     "GatedConv",
     "GroupedSS2D",
+    "Hydra",
     "LocalMamba",
     "LocalSS2D",
     "Mamba",

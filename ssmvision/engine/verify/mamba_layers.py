@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.layers import Mamba, Mamba2
+from ssmvision.layers import Hydra, Mamba, Mamba2
 from ssmvision.ops import resets_from_seq_idx
 
 __all__ = ["CHECKS"]
@@ -75,8 +75,13 @@ def _mamba2(case: Case) -> tuple[Tensors, Tensors]:
     return _check(Mamba2(**kwargs), case, **_packed(case))
 
 
+def _hydra(case: Case) -> tuple[Tensors, Tensors]:
+    return _check(Hydra(**_arguments(case.meta["kwargs"], {"d_model": "dim"}, ignored=["activation"])), case)
+
+
 # By the families' names, as `Case.family` gives them.
 CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
+    "hydra": _hydra,
     "mamba1": _mamba1,
     "mamba2": _mamba2,
 }
