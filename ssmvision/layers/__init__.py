@@ -11,6 +11,7 @@ from .mamba import Mamba
 from .mamba2 import Mamba2
 from .mambavision_mixer import MambaVisionMixer
 from .noncausal_ssd import NonCausalSSD
+from .smamba import SMambaLayer
 from .spatial_ssm import StructureAwareSSM
 from .ss2d import SS2D, AtrousSS2D, LocalSS2D, ScalarSS2D
 
@@ -30,6 +31,7 @@ __all__ = [
     "MambaVisionMixer",
     "ModulatedGroupMamba",
     "NonCausalSSD",
+    "SMambaLayer",
     "ScalarSS2D",
     "StructureAwareSSM",
 ]

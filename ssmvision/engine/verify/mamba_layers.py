@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.layers import Hydra, Mamba, Mamba2
+from ssmvision.layers import Hydra, Mamba, Mamba2, SMambaLayer
 from ssmvision.ops import resets_from_seq_idx
 
 __all__ = ["CHECKS"]
@@ -79,8 +80,55 @@ def _hydra(case: Case) -> tuple[Tensors, Tensors]:
     return _check(Hydra(**_arguments(case.meta["kwargs"], {"d_model": "dim"}, ignored=["activation"])), case)
 
 
+class _SMamba(nn.Module):
+    """The official forecaster around our encoder layers, as far as it is needed to run them."""
+
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.use_norm, d = kwargs.get("use_norm", True), kwargs["d_model"]
+        act_layer = nn.ReLU if kwargs.get("activation") == "relu" else nn.GELU
+        layers = [
+            SMambaLayer(d, kwargs["d_state"], kwargs.get("d_ff"), act_layer=act_layer)
+            for _ in range(kwargs["e_layers"])
+        ]
+        self.value_embedding = nn.Linear(kwargs["seq_len"], d)
+        self.attn_layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(d)
+        self.projector = nn.Linear(d, kwargs["pred_len"])
+
+    def forward(self, x: Tensor, marks: Tensor | None = None) -> Tensor:
+        """Series (b, l, variates) and time marks (b, l, m) → forecast (b, pred_len, variates)."""
+        series = x
+        if self.use_norm:
+            x = x - x.mean(1, keepdim=True).detach()
+            scale = (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+            x = x / scale
+        tokens = x if marks is None else torch.cat([x, marks], dim=2)
+        tokens = self.attn_layers(self.value_embedding(tokens.transpose(1, 2)))
+        y = self.projector(self.norm(tokens)).transpose(1, 2)[..., : x.shape[2]]
+        return y * scale + series.mean(1, keepdim=True).detach() if self.use_norm else y
+
+
+def _smamba(case: Case) -> tuple[Tensors, Tensors]:
+    def rename(key: str) -> str | None:
+        parts = key.split(".")
+        # Modules that the official layer makes and never runs.
+        dead = parts[:2] == ["encoder", "attn_layers"] and parts[3] in ("man", "man2", "a")
+        return None if dead else key.removeprefix("encoder.").removeprefix("enc_embedding.")
+
+    model = _SMamba(case.meta["kwargs"])
+    marks = [case.tensors[name] for name in ("x_mark_enc", "x_mark", "input.1") if name in case.tensors]
+    found, wanted = _check(model, case, rename, **({"marks": marks[0]} if marks else {}))
+    for i, layer in enumerate(model.attn_layers):  # each layer alone, on an input of its own
+        if f"layer{i}.input" in case.tensors:
+            found[f"feat.layer{i}.output"] = layer(case.tensors[f"layer{i}.input"]).detach()
+            wanted[f"feat.layer{i}.output"] = case.tensors[f"layer{i}.output"]
+    return found, wanted
+
+
 # By the families' names, as `Case.family` gives them.
 CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
+    "smamba": _smamba,
     "hydra": _hydra,
     "mamba1": _mamba1,
     "mamba2": _mamba2,
