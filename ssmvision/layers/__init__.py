@@ -4,6 +4,7 @@ from .bimamba import BiMamba
 from .channel_attention import ChannelAttention
 from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
+from .hiss import Hierarchical, Level, MambaStack
 from .hydra import Hydra
 from .linear_attention import MambaLikeLinearAttention
 from .local_mamba import LocalMamba
@@ -22,12 +23,15 @@ __all__ = [
     "ChannelAttention",
     "GatedConv",
     "GroupedSS2D",
+    "Hierarchical",
     "Hydra",
+    "Level",
     "LocalMamba",
     "LocalSS2D",
     "Mamba",
     "Mamba2",
     "MambaLikeLinearAttention",
+    "MambaStack",
     "MambaVisionMixer",
     "ModulatedGroupMamba",
     "NonCausalSSD",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.layers import Hydra, Mamba, Mamba2, SMambaLayer
+from ssmvision.layers import Hierarchical, Hydra, Level, Mamba, Mamba2, MambaStack, SMambaLayer
 from ssmvision.ops import resets_from_seq_idx
 
 __all__ = ["CHECKS"]
@@ -126,8 +126,43 @@ def _smamba(case: Case) -> tuple[Tensors, Tensors]:
     return found, wanted
 
 
+def _net(level: dict[str, Any]) -> nn.Module:
+    """The sequence model of one level of HiSS."""
+    kind = level["type"].removesuffix("Model").removesuffix("Net")
+    options = {k: v for k, v in level.items() if k not in ("type", "model_dim", "input_dim", "output_dim", "nlayers")}
+    if kind == "Mamba":
+        return MambaStack(level["model_dim"], level["nlayers"], **options)
+    raise ValueError(f"levels of HiSS are Mamba models here, not {level['type']}")
+
+
+def _hiss(case: Case) -> tuple[Tensors, Tensors]:
+    kwargs = case.meta["kwargs"]
+    low, high, between = kwargs["ll"], kwargs["hl"], kwargs["model_dim"]
+    low_level = Level(_net(low), low["model_dim"], kwargs["input_dim"], low["output_dim"])
+    high_level = Level(_net(high), high["model_dim"], out_dim=kwargs["output_dim"])
+    if low["output_dim"] != between or high["model_dim"] != between:
+        raise ValueError(f"the levels must meet in model_dim {between} channels")
+
+    def rename(key: str) -> str | None:
+        level, _, rest = key.partition(".")
+        if level == "output":
+            return f"high_level.decoder.{rest}"
+        if level == "pos_encoder":  # a table that only Transformers read
+            return None
+        projection = rest.startswith(("embed.", "decoder."))
+        return key if projection else f"{level}.net.{rest.removeprefix('mamba.')}"
+
+    model = Hierarchical(low_level, high_level, kwargs["freq_ratio"])
+    found, wanted = _check(model, case, rename)
+    if "low_level_last" in case.tensors:
+        found["feat.low_level_last"] = model.summarize(case.tensors["input"]).detach().flatten(0, 1)
+        wanted["feat.low_level_last"] = case.tensors["low_level_last"]
+    return found, wanted
+
+
 # By the families' names, as `Case.family` gives them.
 CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
+    "hiss": _hiss,
     "smamba": _smamba,
     "hydra": _hydra,
     "mamba1": _mamba1,
