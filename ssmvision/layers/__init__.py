@@ -2,6 +2,7 @@
 
 from .bimamba import BiMamba
 from .channel_attention import ChannelAttention
+from .fscil import FSCILNeck
 from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
 from .hiss import Hierarchical, Level, MambaStack
@@ -21,6 +22,7 @@ __all__ = [
     "AtrousSS2D",
     "BiMamba",
     "ChannelAttention",
+    "FSCILNeck",
     "GatedConv",
     "GroupedSS2D",
     "Hierarchical",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.layers import Hierarchical, Hydra, Level, Mamba, Mamba2, MambaStack, SMambaLayer
+from ssmvision.layers import FSCILNeck, Hierarchical, Hydra, Level, Mamba, Mamba2, MambaStack, SMambaLayer
+from ssmvision.layers.fscil import NeckOutput, separation_loss, suppression_loss
 from ssmvision.ops import resets_from_seq_idx
 
 __all__ = ["CHECKS"]
@@ -160,8 +161,37 @@ def _hiss(case: Case) -> tuple[Tensors, Tensors]:
     return found, wanted
 
 
+def _fscil(case: Case) -> tuple[Tensors, Tensors]:
+    def rename(key: str) -> str | None:
+        return key.replace("residual_proj.proj.", "residual_proj.")
+
+    losses = [name for name in case.meta["kwargs"] if name.startswith(("loss_weight", "param_avg"))]
+    module = FSCILNeck(**_arguments(case.meta["kwargs"], {"d_rank": "dt_rank"}, ignored=losses))
+    x = case.tensors["input"].requires_grad_()
+    result = _load(module, case, rename)(x)
+    found, wanted = _differentiate(module, case, result.out, x, rename)
+    features = {"main": result.main, "residual": result.residual} | _fscil_losses(result)
+    found |= {f"feat.{name}": feature.detach() for name, feature in features.items()}
+    known = {"input", "output", "grad_input"}
+    others = {key: x for key, x in case.tensors.items() if key not in known and not key.startswith("grad.")}
+    return found, wanted | {f"feat.{key}": x for key, x in others.items()}
+
+
+def _fscil_losses(result: NeckOutput) -> Tensors:
+    """Coefficients and losses, as if the second half of the batch were of novel classes."""
+    batch = len(result.out)
+    novel = torch.arange(batch) >= batch // 2
+    named = {name: getattr(result.base, name) for name in ("dts", "Bs", "Cs")}
+    if result.novel is not None:
+        named |= {f"{name}_new": getattr(result.novel, name) for name in ("dts", "Bs", "Cs")}
+    found = named | {f"sep_loss.{name}": separation_loss(x, novel)[None] for name, x in named.items()}
+    base, new = suppression_loss(result.main, novel)
+    return found | {"supp_base": base[None], "supp_novel": new[None]}
+
+
 # By the families' names, as `Case.family` gives them.
 CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
+    "mambafscil": _fscil,
     "hiss": _hiss,
     "smamba": _smamba,
     "hydra": _hydra,
