@@ -12,6 +12,7 @@ from .local_mamba import LocalMamba
 from .mamba import Mamba
 from .mamba2 import Mamba2
 from .mambavision_mixer import MambaVisionMixer
+from .motion_mamba import BidirectionalSpatialMamba, HierarchicalTemporalMamba, MotionMambaUNet
 from .noncausal_ssd import NonCausalSSD
 from .smamba import SMambaLayer
 from .spatial_ssm import StructureAwareSSM
@@ -21,11 +22,13 @@ __all__ = [
     "SS2D",
     "AtrousSS2D",
     "BiMamba",
+    "BidirectionalSpatialMamba",
     "ChannelAttention",
     "FSCILNeck",
     "GatedConv",
     "GroupedSS2D",
     "Hierarchical",
+    "HierarchicalTemporalMamba",
     "Hydra",
     "Level",
     "LocalMamba",
@@ -36,6 +39,7 @@ __all__ = [
     "MambaStack",
     "MambaVisionMixer",
     "ModulatedGroupMamba",
+    "MotionMambaUNet",
     "NonCausalSSD",
     "SMambaLayer",
     "ScalarSS2D",

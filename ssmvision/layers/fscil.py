@@ -213,17 +213,18 @@ def suppression_loss(main: Tensor, novel: Tensor) -> tuple[Tensor, Tensor]:
     return base.norm() / base.numel(), -new.norm() / new.numel()
 
 
-def separation_loss(coefficients: Tensor, novel: Tensor) -> Tensor:
+def separation_loss(coefficients: Tensor, novel: Tensor, dims: tuple[int, ...] = (0, 1, 3)) -> Tensor:
     """Let coefficients of base and novel classes point in different directions.
 
     Args:
         coefficients: dts, Bs or Cs of `Scanned`.
         novel: Boolean (b,), True for samples of novel classes; of both kinds there must be some.
+        dims: Averaged over, the batch among them.
 
     Returns:
         The mean absolute difference between the cosine similarities of both means and the identity.
     """
-    means = torch.stack([coefficients[group].mean((0, 1, 3)) for group in (~novel, novel)])
+    means = torch.stack([coefficients[group].mean(dims).flatten() for group in (~novel, novel)])
     directions = F.normalize(means, dim=1)
     return (directions @ directions.T - torch.eye(2, device=means.device, dtype=means.dtype)).abs().mean()
 

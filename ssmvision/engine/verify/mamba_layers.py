@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.layers import FSCILNeck, Hierarchical, Hydra, Level, Mamba, Mamba2, MambaStack, SMambaLayer
+from ssmvision.layers import FSCILNeck, Hierarchical, Hydra, Level, Mamba, Mamba2, MambaStack, MotionMambaUNet, SMambaLayer
 from ssmvision.layers.fscil import NeckOutput, separation_loss, suppression_loss
 from ssmvision.ops import resets_from_seq_idx
 
@@ -170,27 +170,41 @@ def _fscil(case: Case) -> tuple[Tensors, Tensors]:
     x = case.tensors["input"].requires_grad_()
     result = _load(module, case, rename)(x)
     found, wanted = _differentiate(module, case, result.out, x, rename)
-    features = {"main": result.main, "residual": result.residual} | _fscil_losses(result)
+    features = {"main": result.main, "residual": result.residual} | _fscil_losses(result, case)
     found |= {f"feat.{name}": feature.detach() for name, feature in features.items()}
     known = {"input", "output", "grad_input"}
     others = {key: x for key, x in case.tensors.items() if key not in known and not key.startswith("grad.")}
     return found, wanted | {f"feat.{key}": x for key, x in others.items()}
 
 
-def _fscil_losses(result: NeckOutput) -> Tensors:
+def _fscil_losses(result: NeckOutput, case: Case) -> Tensors:
     """Coefficients and losses, as if the second half of the batch were of novel classes."""
     batch = len(result.out)
     novel = torch.arange(batch) >= batch // 2
     named = {name: getattr(result.base, name) for name in ("dts", "Bs", "Cs")}
     if result.novel is not None:
         named |= {f"{name}_new": getattr(result.novel, name) for name in ("dts", "Bs", "Cs")}
-    found = named | {f"sep_loss.{name}": separation_loss(x, novel)[None] for name, x in named.items()}
+    dims = tuple(int(dim) for dim in case.meta["kwargs"].get("param_avg_dim", "0-1-3").split("-"))
+    found = named | {f"sep_loss.{name}": separation_loss(x, novel, dims)[None] for name, x in named.items()}
     base, new = suppression_loss(result.main, novel)
     return found | {"supp_base": base[None], "supp_novel": new[None]}
 
 
+def _motion_mamba(case: Case) -> tuple[Tensors, Tensors]:
+    model = MotionMambaUNet(**case.meta["kwargs"])
+    found, wanted = _check(model, case)
+    x = case.tensors["input"].detach()
+    for i, block in enumerate(model.enc):
+        y = block.htm(x)
+        found[f"feat.enc{i}.htm"] = y.detach()
+        x = block.bsm(y).detach()
+        found[f"feat.enc{i}.bsm"] = x
+    return found, wanted | {f"feat.{key}": x for key, x in case.tensors.items() if key.startswith("enc")}
+
+
 # By the families' names, as `Case.family` gives them.
 CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
+    "motionmamba": _motion_mamba,
     "mambafscil": _fscil,
     "hiss": _hiss,
     "smamba": _smamba,
