@@ -11,6 +11,7 @@ from .linear_attention import MambaLikeLinearAttention
 from .local_mamba import LocalMamba
 from .mamba import Mamba
 from .mamba2 import Mamba2
+from .mamba3 import Mamba3
 from .mambavision_mixer import MambaVisionMixer
 from .motion_mamba import BidirectionalSpatialMamba, HierarchicalTemporalMamba, MotionMambaUNet
 from .noncausal_ssd import NonCausalSSD
@@ -35,6 +36,7 @@ __all__ = [
     "LocalSS2D",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "MambaLikeLinearAttention",
     "MambaStack",
     "MambaVisionMixer",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssmvision.engine.verify.case import Case
 from ssmvision.layers import FSCILNeck, Hierarchical, Hydra, Level, Mamba, Mamba2, MambaStack, MotionMambaUNet, SMambaLayer
 from ssmvision.layers.fscil import NeckOutput, separation_loss, suppression_loss
+from ssmvision.layers.mamba3 import Mamba3State, trapezoidal_scan
 from ssmvision.ops import resets_from_seq_idx
 
 __all__ = ["CHECKS"]
@@ -202,8 +203,34 @@ def _motion_mamba(case: Case) -> tuple[Tensors, Tensors]:
     return found, wanted | {f"feat.{key}": x for key, x in case.tensors.items() if key.startswith("enc")}
 
 
+def _mamba3(case: Case) -> tuple[Tensors, Tensors]:
+    results = [_mamba3_scan(name, case) for name in case.meta["kwargs"]]
+    return {k: x for found, _ in results for k, x in found.items()}, {k: x for _, w in results for k, x in w.items()}
+
+
+def _mamba3_scan(name: str, case: Case) -> tuple[Tensors, Tensors]:
+    """One of the operator's cases, whose tensors have the official names and heads before tokens in scalars."""
+    tensors = {key.removeprefix(f"{name}."): x for key, x in case.tensors.items() if key.startswith(f"{name}.")}
+    leaves = {key: x.requires_grad_() for key, x in tensors.items() if f"grad.{key}" in tensors}
+    states = [tensors.get(f"init_{part}") for part in ("Angle", "SSM", "K", "V")]
+    y, last = trapezoidal_scan(
+        tensors["Q"], tensors["K"], tensors["V"], *(tensors[key].transpose(1, 2) for key in ("DT", "ADT", "Trap")),
+        tensors["Angles"], tensors["Q_bias"], tensors["K_bias"], D=tensors.get("D"), z=tensors.get("Z"),
+        state=None if states[1] is None else Mamba3State(*states),
+    )  # fmt: skip
+    y.backward(tensors["grad_out"])
+    found = {f"output.{name}.{part}": x.detach() for part, x in zip(_MAMBA3_RESULTS, (y, *last), strict=True)}
+    wanted = {f"output.{name}.{part}": tensors[part] for part in _MAMBA3_RESULTS if part in tensors}
+    found |= {f"grad.{name}.{key}": x.grad for key, x in leaves.items() if x.grad is not None}
+    return found, wanted | {f"grad.{name}.{key}": tensors[f"grad.{key}"] for key in leaves}
+
+
+_MAMBA3_RESULTS = ("out", "final_Angle", "final_SSM", "final_K", "final_V")
+
+
 # By the families' names, as `Case.family` gives them.
 CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
+    "mamba3siso": _mamba3,
     "motionmamba": _motion_mamba,
     "mambafscil": _fscil,
     "hiss": _hiss,
