@@ -100,9 +100,9 @@ class GatedSS2D(SS2D):
         super().__init__(
             dim, d_state, ssm_ratio=1, dt_rank=dt_rank, conv_bias=True, gate=True, device=device, dtype=dtype
         )
-        self.out_proj = nn.Identity()
+        del self.out_proj
 
-    def forward(self, x: Tensor) -> Scanned:
+    def forward(self, x: Tensor) -> Scanned:  # type: ignore[override]  # a part of SS2D's, with more results
         """(b, h, w, dim) → its scan."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.act(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
@@ -230,7 +230,7 @@ def separation_loss(coefficients: Tensor, novel: Tensor, dims: tuple[int, ...] =
 
 
 def _routes(x: Tensor) -> Tensor:
-    """Along rows, back, along columns, back, over x (b, h, w, c): (4, h * w). VMamba has the second and third swapped."""
+    """Along rows, back, along columns, back, over x (b, h, w, c): (4, h * w). VMamba swaps the middle two."""
     return cross_routes(x)[[0, 2, 1, 3]]
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any, Optional
 
-import torch
 from torch import Tensor, nn
 
 from ssmvision.layers.mamba import Mamba
@@ -51,6 +50,11 @@ class MambaStack(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList(MambaBlock(dim, **dd, **kwargs) for _ in range(depth))
         self.norm_f = nn.LayerNorm(dim, **dd)
+
+    def reset_parameters(self) -> None:
+        """Initialize the scans of all mixers."""
+        for layer in self.layers:
+            layer.mixer.reset_parameters()
 
     def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
         """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""

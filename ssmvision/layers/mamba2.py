@@ -39,7 +39,7 @@ class RMSNormGated(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x (..., dim) normalized and gated by z (..., dim); in float32 or wider inside."""
+        """X (..., dim) normalized and gated by z (..., dim); in float32 or wider inside."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         y, gate = x.to(dtype), F.silu(z.to(dtype))
         y = self._norm(y) * gate if self.norm_before_gate else self._norm(y * gate)

@@ -187,14 +187,12 @@ class Mamba3(nn.Module):
 
     def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
         """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
-        arguments, z = self._arguments(x)
-        y, _ = trapezoidal_scan(*arguments, D=self.D, z=z, reset=reset)
+        y, _ = trapezoidal_scan(**self._arguments(x), D=self.D, state=None, reset=reset)
         return self.out_proj(y.flatten(-2))
 
     def step(self, x: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
         """One token (b, dim) after `state` (see `initial_state`): its output (b, dim) and the next state."""
-        arguments, z = self._arguments(x)
-        y, state = trapezoidal_scan_step(*arguments, state, D=self.D, z=z)
+        y, state = trapezoidal_scan_step(**self._arguments(x), D=self.D, state=state)
         return self.out_proj(y.flatten(-2)), state
 
     def initial_state(self, batch: int) -> Mamba3State:
@@ -209,8 +207,8 @@ class Mamba3(nn.Module):
         width, h = self.ngroups * self.d_state, self.num_heads
         return [self.d_inner, self.d_inner, width, width, h, h, h, self.num_angles]
 
-    def _arguments(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The first nine arguments of the scan, and the gate."""
+    def _arguments(self, x: Tensor) -> dict[str, Tensor]:
+        """Those of the scan that depend on the tokens, and the biases."""
         z, v, b, c, dt, a, trap, angles = self.in_proj(x).split(self._widths(), dim=-1)
         b, c = (m.unflatten(-1, (self.ngroups, -1)) for m in (b, c))
         z, v = (m.unflatten(-1, (self.num_heads, -1)) for m in (z, v))
@@ -218,7 +216,10 @@ class Mamba3(nn.Module):
         dt = F.softplus(dt.to(dtype) + self.dt_bias)
         A = -_heavy_tail(a.to(dtype)).clamp(min=self.A_floor)
         angles = angles.unsqueeze(-2).expand(*angles.shape[:-1], self.num_heads, -1)
-        return (self.C_norm(c), self.B_norm(b), v, dt, A * dt, trap, angles, self.C_bias, self.B_bias), z
+        return {
+            "q": self.C_norm(c), "k": self.B_norm(b), "v": v, "dt": dt, "a_dt": A * dt, "trap": trap, "angles": angles,
+            "q_bias": self.C_bias, "k_bias": self.B_bias, "z": z,
+        }  # fmt: skip
 
 
 def _heavy_tail(x: Tensor) -> Tensor:

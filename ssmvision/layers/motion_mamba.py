@@ -137,9 +137,7 @@ class MotionMambaUNet(nn.Module):
         **kwargs: Arguments of the layers.
     """
 
-    def __init__(
-        self, dim: int, length: int, depth: int, device: Any = None, dtype: Any = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, dim: int, length: int, depth: int, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
 

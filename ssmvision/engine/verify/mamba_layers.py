@@ -3,62 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.layers import FSCILNeck, Hierarchical, Hydra, Level, Mamba, Mamba2, MambaStack, MotionMambaUNet, SMambaLayer
+from ssmvision.engine.verify.modules import Tensors, check_module, renamed, within
+from ssmvision.layers import (
+    FSCILNeck,
+    Hierarchical,
+    Hydra,
+    Level,
+    Mamba,
+    Mamba2,
+    MambaStack,
+    MotionMambaUNet,
+    SMambaLayer,
+)
 from ssmvision.layers.fscil import NeckOutput, separation_loss, suppression_loss
 from ssmvision.layers.mamba3 import Mamba3State, trapezoidal_scan
 from ssmvision.ops import resets_from_seq_idx
 
 __all__ = ["CHECKS"]
 
-Tensors = dict[str, Tensor]
-# Of official constructors: what only initializes, chooses a kernel, or belongs to training.
+# Of official constructors: what only initializes, chooses a kernel, or places the module.
 _WITHOUT_EFFECT = {
-    "A_init_range", "chunk_size", "conv_init", "device", "dt_init", "dt_init_floor", "dt_max", "dt_min",
-    "dt_scale", "dtype", "layer_idx", "process_group", "sequence_parallel", "use_fast_path", "use_mem_eff_path",
+    "A_init_range", "chunk_size", "conv_init", "device", "dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale",
+    "dtype", "layer_idx", "process_group", "sequence_parallel", "use_fast_path", "use_mem_eff_path",
 }  # fmt: skip
+_MAMBA3_ARGUMENTS = {
+    "Q": "q", "K": "k", "V": "v", "DT": "dt", "ADT": "a_dt", "Trap": "trap", "Angles": "angles", "Q_bias": "q_bias",
+    "K_bias": "k_bias", "D": "D", "Z": "z",
+}  # fmt: skip
+_MAMBA3_RESULTS = ("out", "final_Angle", "final_SSM", "final_K", "final_V")
 
 
-def _arguments(kwargs: dict[str, Any], renamed: dict[str, str], ignored: Iterable[str] = ()) -> dict[str, Any]:
+def _arguments(kwargs: dict[str, Any], names: dict[str, str], ignored: Iterable[str] = ()) -> dict[str, Any]:
     """Official arguments under our names, without those that change nothing here."""
     without = _WITHOUT_EFFECT.union(ignored)
-    return {renamed.get(name, name): value for name, value in kwargs.items() if name not in without}
+    return renamed({name: value for name, value in kwargs.items() if name not in without}, names)
 
 
-def _load(module: nn.Module, case: Case, rename: Callable[[str], str | None]) -> nn.Module:
-    """The module in eval mode with the case's weights, loaded strictly; official keys that `rename` maps to None are
-    known to have no effect."""
-    module.load_state_dict({name: x for key, x in case.weights.items() if (name := rename(key)) is not None})
-    return module.eval()
-
-
-def _same(key: str) -> str | None:
-    return key
-
-
-def _differentiate(module: nn.Module, case: Case, output: Tensor, x: Tensor, rename: Callable[[str], str | None]) -> Any:
-    """The output and gradients of its mean square, found and wanted, both under our names."""
-    output.pow(2).mean().backward()
-    found = {f"grad.{name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
-    found |= {"output": output.detach(), "grad_input": x.grad}
-    names = {key: "output" for key in case.tensors if key == "output"}
-    names |= {key: key for key in case.tensors if key == "grad_input"}
-    names |= {key: f"grad.{rename(key.removeprefix('grad.'))}" for key in case.tensors if key.startswith("grad.")}
-    return found, {name: case.tensors[key] for key, name in names.items()}
-
-
-def _check(
-    module: nn.Module, case: Case, rename: Callable[[str], str | None] = _same, **inputs: Tensor
-) -> tuple[Tensors, Tensors]:
-    """Load, run and differentiate a module from tensors to a tensor."""
-    x = case.tensors["input"].requires_grad_()
-    output = _load(module, case, rename)(x, **inputs)
-    return _differentiate(module, case, output, x, rename)
+def _under_our_names(case: Case, rename: Callable[[str], str | None]) -> Case:
+    """The case with our keys for weights and gradients; keys that become None are known to have no effect."""
+    ours = {key: name for key in case.weights if (name := rename(key)) is not None}
+    grads = {f"grad.{key}": f"grad.{name}" for key, name in ours.items()}
+    return replace(
+        case,
+        weights={name: case.weights[key] for key, name in ours.items()},
+        tensors={grads.get(key, key): x for key, x in case.tensors.items()},
+    )
 
 
 def _packed(case: Case) -> Tensors:
@@ -70,16 +66,15 @@ def _mamba1(case: Case) -> tuple[Tensors, Tensors]:
     kwargs = _arguments(case.meta["kwargs"], {"d_model": "dim"})
     if kwargs.get("dt_rank") == "auto":
         del kwargs["dt_rank"]
-    return _check(Mamba(**kwargs), case, **_packed(case))
+    return check_module(case, Mamba(**kwargs), **_packed(case))
 
 
 def _mamba2(case: Case) -> tuple[Tensors, Tensors]:
-    kwargs = _arguments(case.meta["kwargs"], {"d_model": "dim"})
-    return _check(Mamba2(**kwargs), case, **_packed(case))
+    return check_module(case, Mamba2(**_arguments(case.meta["kwargs"], {"d_model": "dim"})), **_packed(case))
 
 
 def _hydra(case: Case) -> tuple[Tensors, Tensors]:
-    return _check(Hydra(**_arguments(case.meta["kwargs"], {"d_model": "dim"}, ignored=["activation"])), case)
+    return check_module(case, Hydra(**_arguments(case.meta["kwargs"], {"d_model": "dim"}, ignored=["activation"])))
 
 
 class _SMamba(nn.Module):
@@ -120,7 +115,7 @@ def _smamba(case: Case) -> tuple[Tensors, Tensors]:
 
     model = _SMamba(case.meta["kwargs"])
     marks = [case.tensors[name] for name in ("x_mark_enc", "x_mark", "input.1") if name in case.tensors]
-    found, wanted = _check(model, case, rename, **({"marks": marks[0]} if marks else {}))
+    found, wanted = check_module(_under_our_names(case, rename), model, **({"marks": marks[0]} if marks else {}))
     for i, layer in enumerate(model.attn_layers):  # each layer alone, on an input of its own
         if f"layer{i}.input" in case.tensors:
             found[f"feat.layer{i}.output"] = layer(case.tensors[f"layer{i}.input"]).detach()
@@ -155,7 +150,7 @@ def _hiss(case: Case) -> tuple[Tensors, Tensors]:
         return key if projection else f"{level}.net.{rest.removeprefix('mamba.')}"
 
     model = Hierarchical(low_level, high_level, kwargs["freq_ratio"])
-    found, wanted = _check(model, case, rename)
+    found, wanted = check_module(_under_our_names(case, rename), model)
     if "low_level_last" in case.tensors:
         found["feat.low_level_last"] = model.summarize(case.tensors["input"]).detach().flatten(0, 1)
         wanted["feat.low_level_last"] = case.tensors["low_level_last"]
@@ -168,10 +163,15 @@ def _fscil(case: Case) -> tuple[Tensors, Tensors]:
 
     losses = [name for name in case.meta["kwargs"] if name.startswith(("loss_weight", "param_avg"))]
     module = FSCILNeck(**_arguments(case.meta["kwargs"], {"d_rank": "dt_rank"}, ignored=losses))
-    x = case.tensors["input"].requires_grad_()
-    result = _load(module, case, rename)(x)
-    found, wanted = _differentiate(module, case, result.out, x, rename)
-    features = {"main": result.main, "residual": result.residual} | _fscil_losses(result, case)
+    results: list[NeckOutput] = []
+
+    def features_alone(_: nn.Module, __: Any, result: NeckOutput) -> Tensor:
+        results.append(result)
+        return result.out
+
+    module.register_forward_hook(features_alone)
+    found, wanted = check_module(_under_our_names(case, rename), module)
+    features = {"main": results[0].main, "residual": results[0].residual} | _fscil_losses(results[0], case)
     found |= {f"feat.{name}": feature.detach() for name, feature in features.items()}
     known = {"input", "output", "grad_input"}
     others = {key: x for key, x in case.tensors.items() if key not in known and not key.startswith("grad.")}
@@ -193,7 +193,7 @@ def _fscil_losses(result: NeckOutput, case: Case) -> Tensors:
 
 def _motion_mamba(case: Case) -> tuple[Tensors, Tensors]:
     model = MotionMambaUNet(**case.meta["kwargs"])
-    found, wanted = _check(model, case)
+    found, wanted = check_module(case, model)
     x = case.tensors["input"].detach()
     for i, block in enumerate(model.enc):
         y = block.htm(x)
@@ -209,23 +209,19 @@ def _mamba3(case: Case) -> tuple[Tensors, Tensors]:
 
 
 def _mamba3_scan(name: str, case: Case) -> tuple[Tensors, Tensors]:
-    """One of the operator's cases, whose tensors have the official names and heads before tokens in scalars."""
-    tensors = {key.removeprefix(f"{name}."): x for key, x in case.tensors.items() if key.startswith(f"{name}.")}
+    """One of the operator's cases, whose tensors have the official names."""
+    tensors = within(name, case.tensors)
     leaves = {key: x.requires_grad_() for key, x in tensors.items() if f"grad.{key}" in tensors}
-    states = [tensors.get(f"init_{part}") for part in ("Angle", "SSM", "K", "V")]
-    y, last = trapezoidal_scan(
-        tensors["Q"], tensors["K"], tensors["V"], *(tensors[key].transpose(1, 2) for key in ("DT", "ADT", "Trap")),
-        tensors["Angles"], tensors["Q_bias"], tensors["K_bias"], D=tensors.get("D"), z=tensors.get("Z"),
-        state=None if states[1] is None else Mamba3State(*states),
-    )  # fmt: skip
+    arguments = {ours: tensors[official] for official, ours in _MAMBA3_ARGUMENTS.items() if official in tensors}
+    for scalar in ("dt", "a_dt", "trap"):  # in which heads come before tokens
+        arguments[scalar] = arguments[scalar].transpose(1, 2)
+    initial = [tensors[part] for part in ("init_Angle", "init_SSM", "init_K", "init_V") if part in tensors]
+    y, last = trapezoidal_scan(**arguments, state=Mamba3State(*initial) if initial else None, reset=None)
     y.backward(tensors["grad_out"])
     found = {f"output.{name}.{part}": x.detach() for part, x in zip(_MAMBA3_RESULTS, (y, *last), strict=True)}
     wanted = {f"output.{name}.{part}": tensors[part] for part in _MAMBA3_RESULTS if part in tensors}
     found |= {f"grad.{name}.{key}": x.grad for key, x in leaves.items() if x.grad is not None}
     return found, wanted | {f"grad.{name}.{key}": tensors[f"grad.{key}"] for key in leaves}
-
-
-_MAMBA3_RESULTS = ("out", "final_Angle", "final_SSM", "final_K", "final_V")
 
 
 # By the families' names, as `Case.family` gives them.
