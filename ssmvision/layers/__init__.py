@@ -5,7 +5,7 @@ from .channel_attention import ChannelAttention
 from .fscil import FSCILNeck
 from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
-from .hiss import Hierarchical, Level, MambaStack
+from .hiss import Hierarchical, Level, MambaStack, S4Stack
 from .hydra import Hydra
 from .linear_attention import MambaLikeLinearAttention
 from .local_mamba import LocalMamba
@@ -43,6 +43,7 @@ __all__ = [
     "ModulatedGroupMamba",
     "MotionMambaUNet",
     "NonCausalSSD",
+    "S4Stack",
     "SMambaLayer",
     "ScalarSS2D",
     "StructureAwareSSM",

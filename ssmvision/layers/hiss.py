@@ -1,10 +1,11 @@
-"""HiSS, sequence models of two time scales (arXiv:2402.10211, section 4), and the stack of Mamba blocks they use."""
+"""HiSS, sequence models of two time scales (arXiv:2402.10211, section 4), and the stacks of blocks they are made of."""
 
 from typing import Any, Optional
 
 from torch import Tensor, nn
 
 from ssmvision.layers.mamba import Mamba
+from ssmvision.layers.s4 import S4Block
 
 MambaState = list[tuple[Tensor, Tensor]]
 
@@ -73,6 +74,47 @@ class MambaStack(nn.Module):
     def initial_state(self, batch: int) -> MambaState:
         """What precedes a sequence, for each block."""
         return [layer.mixer.initial_state(batch) for layer in self.layers]
+
+
+class S4Stack(nn.Module):
+    """S4 blocks with residuals and a norm each: a causal sequence model.
+
+    Args:
+        dim: Channels of input and output.
+        depth: Blocks.
+        prenorm: x + block(norm(x)) instead of norm(x + block(x)).
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        **kwargs: Arguments of `S4Block`.
+    """
+
+    def __init__(
+        self, dim: int, depth: int, prenorm: bool = False, device: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.prenorm = prenorm
+        self.s4_layers = nn.ModuleList(S4Block(dim, transposed=False, **dd, **kwargs) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, **dd) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, dim) → the same."""
+        for layer, norm in zip(self.s4_layers, self.norms, strict=True):
+            x = x + layer(norm(x)) if self.prenorm else norm(x + layer(x))
+        return x
+
+    def step(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One token (b, dim) after `state` (see `initial_state`): its output (b, dim) and the next state."""
+        after = []
+        for layer, norm, before in zip(self.s4_layers, self.norms, state, strict=True):
+            y, next_state = layer.step(norm(x) if self.prenorm else x, before)
+            x = x + y if self.prenorm else norm(x + y)
+            after.append(next_state)
+        return x, after
+
+    def initial_state(self, batch: int) -> list[Tensor]:
+        """What precedes a sequence, for each block."""
+        return [layer.initial_state(batch) for layer in self.s4_layers]
 
 
 class Level(nn.Module):

@@ -20,6 +20,7 @@ from ssmvision.layers import (
     Mamba2,
     MambaStack,
     MotionMambaUNet,
+    S4Stack,
     SMambaLayer,
 )
 from ssmvision.layers.fscil import NeckOutput, separation_loss, suppression_loss
@@ -129,7 +130,9 @@ def _net(level: dict[str, Any]) -> nn.Module:
     options = {k: v for k, v in level.items() if k not in ("type", "model_dim", "input_dim", "output_dim", "nlayers")}
     if kind == "Mamba":
         return MambaStack(level["model_dim"], level["nlayers"], **options)
-    raise ValueError(f"levels of HiSS are Mamba models here, not {level['type']}")
+    if kind == "S4":
+        return S4Stack(level["model_dim"], level["nlayers"], **options)
+    raise ValueError(f"levels of HiSS are Mamba or S4 models here, not {level['type']}")
 
 
 def _hiss(case: Case) -> tuple[Tensors, Tensors]:
@@ -149,6 +152,11 @@ def _hiss(case: Case) -> tuple[Tensors, Tensors]:
         projection = rest.startswith(("embed.", "decoder."))
         return key if projection else f"{level}.net.{rest.removeprefix('mamba.')}"
 
+    def linear(tensors: Tensors) -> Tensors:
+        """Convolutions of one token are linear maps here."""
+        return {key: x.squeeze(2) if key.endswith("output_linear.0.weight") else x for key, x in tensors.items()}
+
+    case = replace(case, weights=linear(case.weights), tensors=linear(case.tensors))
     model = Hierarchical(low_level, high_level, kwargs["freq_ratio"])
     found, wanted = check_module(_under_our_names(case, rename), model)
     if "low_level_last" in case.tensors:
