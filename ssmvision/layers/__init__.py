@@ -2,17 +2,24 @@
 
 from .bimamba import BiMamba
 from .channel_attention import ChannelAttention
+from .fscil import FSCILNeck
 from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
+from .hiss import Hierarchical, Level, MambaStack, S4Stack
+from .hydra import Hydra
 from .linear_attention import MambaLikeLinearAttention
 from .local_mamba import LocalMamba
 from .mamba import Mamba
+from .mamba2 import Mamba2
+from .mamba3 import Mamba3
 from .mambavision_mixer import MambaVisionMixer
+from .motion_mamba import BidirectionalSpatialMamba, HierarchicalTemporalMamba, MotionMambaUNet
 from .noncausal_ssd import NonCausalSSD
 from .s4 import S4Block, S4Conv, S4Kernel
 from .s4d import S4D, S4DKernel
 from .s4nd import S4ND
 from .s5 import S5, S5Classifier, S5Encoder, S5Layer
+from .smamba import SMambaLayer
 from .spacetime import ClosedLoopSSM, CompanionSSM, ShiftSSM
 from .spatial_ssm import StructureAwareSSM
 from .ss2d import SS2D, AtrousSS2D, LocalSS2D, ScalarSS2D
@@ -26,25 +33,37 @@ __all__ = [
     "SSM2D",
     "AtrousSS2D",
     "BiMamba",
+    "BidirectionalSpatialMamba",
     "ChannelAttention",
     "ClosedLoopSSM",
     "CompanionSSM",
+    "FSCILNeck",
     "GatedConv",
     "GroupedSS2D",
+    "Hierarchical",
+    "HierarchicalTemporalMamba",
+    "Hydra",
+    "Level",
     "LocalMamba",
     "LocalSS2D",
     "Mamba",
+    "Mamba2",
+    "Mamba3",
     "MambaLikeLinearAttention",
+    "MambaStack",
     "MambaVisionMixer",
     "ModulatedGroupMamba",
+    "MotionMambaUNet",
     "NonCausalSSD",
     "S4Block",
     "S4Conv",
     "S4DKernel",
     "S4Kernel",
+    "S4Stack",
     "S5Classifier",
     "S5Encoder",
     "S5Layer",
+    "SMambaLayer",
     "ScalarSS2D",
     "ShiftSSM",
     "StructureAwareSSM",

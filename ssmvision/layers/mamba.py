@@ -10,7 +10,85 @@ from ssmvision.layers.s6 import auto_dt_rank, init_A_log_, init_dt_, state_matri
 from ssmvision.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 
 
-class Mamba(nn.Module):
+class S6Branch(nn.Module):
+    """What a Mamba-1 mixer does between its projections: causal convolution, coefficients and scan of d channels.
+
+    Args:
+        d: Channels.
+        d_state: Size of the state per channel.
+        d_conv: Width of the causal convolution.
+        dt_rank: Rank of the step-size projection.
+        conv_bias: Give the convolution a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        d_state: int,
+        d_conv: int,
+        dt_rank: int,
+        conv_bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.d_inner, self.d_state, self.dt_rank = d, d_state, dt_rank
+        self.conv1d = nn.Conv1d(d, d, d_conv, groups=d, bias=conv_bias, **dd)
+        self.x_proj = nn.Linear(d, dt_rank + 2 * d_state, bias=False, **dd)
+        self.dt_proj = nn.Linear(dt_rank, d, **dd)
+        self.A_log = nn.Parameter(torch.empty(d, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(d, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize what belongs to the scan; linear and convolution layers initialize themselves."""
+        init_A_log_(self.A_log)
+        nn.init.ones_(self.D)
+        init_dt_(self.dt_proj.weight, self.dt_proj.bias)
+
+    def convolve(self, u: Tensor, reset: Optional[Tensor] = None) -> Tensor:
+        """The causal convolution with its activation, (b, d, l) → the same."""
+        return causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True, reset=reset)
+
+    def coefficients(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Low-rank delta (..., r), B (..., n) and C (..., n) of convolved tokens (..., d)."""
+        delta, b, c = F.linear(u, self.x_proj.weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return delta, b, c
+
+    def mix(self, u: Tensor, z: Optional[Tensor] = None, reset: Optional[Tensor] = None) -> Tensor:
+        """Tokens and their gate, (b, d, l) each → (b, d, l); `reset` (b, l) is True where a packed sequence starts."""
+        u = self.convolve(u, reset)
+        delta, b, c = self.coefficients(u.transpose(1, 2))
+        y, _ = selective_scan(
+            u, delta.transpose(1, 2), state_matrix(self.A_log), b.transpose(1, 2), c.transpose(1, 2), D=self.D, z=z,
+            delta_bias=self.dt_proj.bias, delta_softplus=True, dt_proj=self.dt_proj.weight, reset=reset,
+        )  # fmt: skip
+        return y
+
+    def mix_step(
+        self, u: Tensor, z: Optional[Tensor], state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One token (b, d) and its gate after `state` (see `initial_state`): its output (b, d) and the next state."""
+        window, h = state
+        u, window = causal_conv1d_step(u, window, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True)
+        delta, b, c = self.coefficients(u)
+        y, h = selective_scan_step(
+            u, delta, state_matrix(self.A_log), b, c, h, D=self.D, z=z,
+            delta_bias=self.dt_proj.bias, delta_softplus=True, dt_proj=self.dt_proj.weight,
+        )  # fmt: skip
+        return y, (window, h)
+
+    def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        """What precedes a sequence: the window of the convolution (b, d, w - 1) and the scan's state (b, d, n)."""
+        width = self.conv1d.weight.shape[-1]
+        window = self.conv1d.weight.new_zeros(batch, self.d_inner, width - 1)
+        return window, state_matrix(self.A_log).new_zeros(batch, self.d_inner, self.d_state)
+
+
+class Mamba(S6Branch):
     """A gated selective scan over tokens in order, under the official parameter names.
 
     Args:
@@ -37,55 +115,19 @@ class Mamba(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        d = self.d_inner = int(expand * dim)
-        n = self.d_state = d_state
-        r = self.dt_rank = dt_rank or auto_dt_rank(dim)
+        d = int(expand * dim)
+        super().__init__(d, d_state, d_conv, dt_rank or auto_dt_rank(dim), conv_bias, **dd)
         self.in_proj = nn.Linear(dim, 2 * d, bias=bias, **dd)
-        self.conv1d = nn.Conv1d(d, d, d_conv, groups=d, bias=conv_bias, **dd)
-        self.x_proj = nn.Linear(d, r + 2 * n, bias=False, **dd)
-        self.dt_proj = nn.Linear(r, d, **dd)
-        self.A_log = nn.Parameter(torch.empty(d, n, **dd))
-        self.D = nn.Parameter(torch.empty(d, **dd))
         self.out_proj = nn.Linear(d, dim, bias=bias, **dd)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialize what belongs to the scan; linear and convolution layers initialize themselves."""
-        init_A_log_(self.A_log)
-        nn.init.ones_(self.D)
-        init_dt_(self.dt_proj.weight, self.dt_proj.bias)
 
     def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
         """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
         u, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)
-        u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True, reset=reset)
-        delta, b, c = self._coefficients(u.transpose(1, 2))
-        y, _ = selective_scan(
-            u, delta.transpose(1, 2), state_matrix(self.A_log), b.transpose(1, 2), c.transpose(1, 2), D=self.D, z=z,
-            delta_bias=self.dt_proj.bias, delta_softplus=True, dt_proj=self.dt_proj.weight, reset=reset,
-        )  # fmt: skip
-        return self.out_proj(y.transpose(1, 2))
+        return self.out_proj(self.mix(u, z, reset).transpose(1, 2))
 
     def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One token (b, dim) after `state` (see `initial_state`): its output (b, dim) and the next state."""
-        window, h = state
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, window = causal_conv1d_step(u, window, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True)
-        delta, b, c = self._coefficients(u)
-        y, h = selective_scan_step(
-            u, delta, state_matrix(self.A_log), b, c, h, D=self.D, z=z,
-            delta_bias=self.dt_proj.bias, delta_softplus=True, dt_proj=self.dt_proj.weight,
-        )  # fmt: skip
-        return self.out_proj(y), (window, h)
-
-    def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
-        """What precedes a sequence: the window of the convolution (b, d, w - 1) and the scan's state (b, d, n)."""
-        width = self.conv1d.weight.shape[-1]
-        window = self.conv1d.weight.new_zeros(batch, self.d_inner, width - 1)
-        return window, state_matrix(self.A_log).new_zeros(batch, self.d_inner, self.d_state)
-
-    def _coefficients(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        delta, b, c = F.linear(u, self.x_proj.weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return delta, b, c
+        y, state = self.mix_step(u, z, state)
+        return self.out_proj(y), state
