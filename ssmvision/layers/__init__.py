@@ -2,6 +2,8 @@
 
 from .bimamba import BiMamba
 from .channel_attention import ChannelAttention
+from .conv_lstm import ConvLSTM
+from .convs5 import ConvS5
 from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
 from .linear_attention import MambaLikeLinearAttention
@@ -17,6 +19,8 @@ __all__ = [
     "AtrousSS2D",
     "BiMamba",
     "ChannelAttention",
+    "ConvLSTM",
+    "ConvS5",
     "GatedConv",
     "GroupedSS2D",
     "LocalMamba",
