@@ -31,9 +31,7 @@ class ConvLSTM(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.gates = nn.Conv2d(2 * dim, 4 * dim, kernel_size, padding="same", bias=False, **dd)
 
-    def forward(
-        self, u: Tensor, state: Optional[State] = None, reset: Optional[Tensor] = None
-    ) -> tuple[Tensor, State]:
+    def forward(self, u: Tensor, state: Optional[State] = None, reset: Optional[Tensor] = None) -> tuple[Tensor, State]:
         """All frames (b, t, c, h, w) one after the other: their outputs and the state after the last.
 
         Args:

@@ -5,6 +5,7 @@ Letters: b batch, t frame, u channels, p complex states, k kernel, h height, w w
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -15,7 +16,11 @@ from ssmvision.ops import linear_scan, linear_scan_step
 
 __all__ = ["ConvS5", "per_frame"]
 
-FEEDTHROUGHS = ("resnet", "standard", "half_glu")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 def per_frame(function: Callable[..., Tensor], *videos: Tensor) -> Tensor:
@@ -29,10 +34,11 @@ def _conv(channels: int, kernel_size: int, **dd: Any) -> nn.Conv2d:
 
 
 class ResNetFeedthrough(nn.Module):
-    """gelu(y + conv(gelu(norm(conv(gelu(norm(y))))))): what follows the states, of the SSM's output alone."""
+    """act(y + conv(act(norm(conv(act(norm(y))))))): what follows the states, of the SSM's output alone."""
 
-    def __init__(self, channels: int, kernel_size: int, num_groups: int, **dd: Any) -> None:
+    def __init__(self, channels: int, kernel_size: int, num_groups: int, activation: str, **dd: Any) -> None:
         super().__init__()
+        self.act = _ACTIVATIONS[activation]
         self.norm1 = nn.GroupNorm(num_groups, channels, eps=1e-6, **dd)
         self.conv1 = _conv(channels, kernel_size, **dd)
         self.norm2 = nn.GroupNorm(num_groups, channels, eps=1e-6, **dd)
@@ -40,39 +46,44 @@ class ResNetFeedthrough(nn.Module):
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         """Frames y and u (n, u, h, w) → the same; u does not matter."""
-        inner = self.conv1(_gelu(self.norm1(y)))
-        return _gelu(y + self.conv2(_gelu(self.norm2(inner))))
+        inner = self.conv1(self.act(self.norm1(y)))
+        return self.act(y + self.conv2(self.act(self.norm2(inner))))
 
 
 class StandardFeedthrough(nn.Module):
-    """gelu(norm(y + conv(u))): the input reaches the output through a convolution, D of state spaces."""
+    """act(norm(y + conv(u))): the input reaches the output through a convolution, D of state spaces."""
 
-    def __init__(self, channels: int, kernel_size: int, num_groups: int, **dd: Any) -> None:
+    def __init__(self, channels: int, kernel_size: int, num_groups: int, activation: str, **dd: Any) -> None:
         super().__init__()
+        self.act = _ACTIVATIONS[activation]
         self.conv1 = _conv(channels, kernel_size, **dd)
         self.norm1 = nn.GroupNorm(num_groups, channels, eps=1e-6, **dd)
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         """Frames y and u (n, u, h, w) → the same."""
-        return _gelu(self.norm1(y + self.conv1(u)))
+        return self.act(self.norm1(y + self.conv1(u)))
 
 
 class HalfGLUFeedthrough(nn.Module):
-    """z * sigmoid(linear(z)) of z = gelu(norm(y)), pixel by pixel; kernel and groups do not matter."""
+    """z * sigmoid(linear(z)) of z = act(norm(y)), pixel by pixel; kernel and groups do not matter."""
 
-    def __init__(self, channels: int, kernel_size: int, num_groups: int, **dd: Any) -> None:
+    def __init__(self, channels: int, kernel_size: int, num_groups: int, activation: str, **dd: Any) -> None:
         super().__init__()
+        self.act = _ACTIVATIONS[activation]
         self.norm1 = nn.LayerNorm(channels, eps=1e-6, **dd)
         self.gate = nn.Linear(channels, channels, **dd)
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         """Frames y and u (n, u, h, w) → the same; u does not matter."""
-        z = _gelu(self.norm1(y.permute(0, 2, 3, 1)))
+        z = self.act(self.norm1(y.permute(0, 2, 3, 1)))
         return (z * self.gate(z).sigmoid()).permute(0, 3, 1, 2)
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+_FEEDTHROUGHS: dict[str, type[nn.Module]] = {
+    "resnet": ResNetFeedthrough,
+    "standard": StandardFeedthrough,
+    "half_glu": HalfGLUFeedthrough,
+}
 
 
 class ConvS5(nn.Module):
@@ -89,6 +100,7 @@ class ConvS5(nn.Module):
         C_kernel_size: Side of C.
         D_kernel_size: Side of the convolutions of the feedthrough.
         feedthrough: "resnet", "standard" or "half_glu".
+        activation: "gelu" (its tanh form), "relu" or "silu", in the feedthrough.
         num_groups: Groups of the feedthrough's norms.
         clip_eigs: Keep real parts of eigenvalues at or below -1e-4, which no training can then make unstable.
         dt_min: Smallest initial time step, in frames.
@@ -97,7 +109,7 @@ class ConvS5(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: A feedthrough that does not exist, or states that do not split into blocks of conjugate pairs.
+        ValueError: A feedthrough or activation that does not exist, or states that do not split into blocks of conjugate pairs.
     """
 
     def __init__(
@@ -109,6 +121,7 @@ class ConvS5(nn.Module):
         C_kernel_size: int = 3,
         D_kernel_size: int = 3,
         feedthrough: str = "resnet",
+        activation: str = "gelu",
         num_groups: int = 32,
         clip_eigs: bool = True,
         dt_min: float = 0.001,
@@ -119,8 +132,12 @@ class ConvS5(nn.Module):
         super().__init__()
         if ssm_size % (2 * ssm_blocks):
             raise ValueError(f"ssm_size={ssm_size} must be a multiple of 2 * ssm_blocks={2 * ssm_blocks}")
-        if feedthrough not in FEEDTHROUGHS:
-            raise ValueError(f"feedthrough must be one of {', '.join(FEEDTHROUGHS)}, not {feedthrough!r}")
+        for name, value, known in (
+            ("feedthrough", feedthrough, _FEEDTHROUGHS),
+            ("activation", activation, _ACTIVATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         dd = {"device": device, "dtype": dtype}
         self.ssm_size, self.ssm_blocks, self.clip_eigs = ssm_size, ssm_blocks, clip_eigs
         self.dt_range = (dt_min, dt_max)
@@ -131,8 +148,7 @@ class ConvS5(nn.Module):
         self.B = nn.Parameter(torch.empty(p, dim, B_kernel_size, B_kernel_size, 2, **dd))
         self.C = nn.Parameter(torch.empty(dim, p, C_kernel_size, C_kernel_size, 2, **dd))
         self.log_step = nn.Parameter(torch.empty(p, **dd))
-        make = {"resnet": ResNetFeedthrough, "standard": StandardFeedthrough, "half_glu": HalfGLUFeedthrough}
-        self.feedthrough = make[feedthrough](dim, D_kernel_size, num_groups, **dd)
+        self.feedthrough = _FEEDTHROUGHS[feedthrough](dim, D_kernel_size, num_groups, activation, **dd)
         self.reset_parameters()
 
     @torch.no_grad()

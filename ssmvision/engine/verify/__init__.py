@@ -14,8 +14,13 @@ Gradients of networks are those of the sum over outputs of output.pow(2).mean(),
 from pathlib import Path
 
 from ssmvision.engine.verify.case import read_case
-from ssmvision.engine.verify.compare import Verification
+from ssmvision.engine.verify.compare import Verification, compare
 from ssmvision.engine.verify.networks import verify_network
+from ssmvision.engine.verify.video import CHECKS as VIDEO
+
+# What is no whole network of one input and its outputs, by family: what we compute and what the official code computed,
+# tensors by name.
+CHECKS = {**VIDEO}
 
 __all__ = ["Verification", "verify_case"]
 
@@ -29,4 +34,11 @@ def verify_case(folder: Path) -> Verification:
     Raises:
         UserError: The folder is not a case, or its family is not one of ours.
     """
-    return verify_network(read_case(folder))
+    case = read_case(folder)
+    if case.family not in CHECKS:
+        return verify_network(case)
+    try:
+        found, wanted = CHECKS[case.family](case)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        return Verification(case.name, {}, f"cannot be built: {error}")
+    return compare(case.name, found, wanted, case.meta)
