@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 __all__ = ["CausalTransformer", "KeyValueCache"]
@@ -56,7 +56,7 @@ class CausalBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = CausalAttention(dim, num_heads, attention_dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, mlp_dim, act_layer=lambda: nn.GELU(approximate="tanh"), drop=dropout)
+        self.mlp = Mlp(dim, mlp_dim, act_layer=GELUTanh, drop=dropout)
 
     def forward(self, x: Tensor, cache: Optional[tuple[Tensor, Tensor]] = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(b, l, d) → the same, and the keys and values of all tokens so far."""
@@ -100,8 +100,8 @@ class CausalTransformer(nn.Module):
         x = self.proj_in(x)
         x = x + _positions(start, x)
         caches = []
-        for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            x, after = layer(x, before)
+        for index, layer in enumerate(self.layers):
+            x, after = layer(x, None if cache is None else cache[index])
             caches.append(after)
         return self.proj_out(self.norm(x)), caches
 

@@ -44,7 +44,8 @@ class ConvLSTM(nn.Module):
         outputs = []
         for t, frame in enumerate(u.unbind(1)):
             if reset is not None:
-                state = tuple(s.masked_fill(reset[:, t, None, None, None], 0) for s in state)
+                start = reset[:, t, None, None, None]
+                state = state[0].masked_fill(start, 0), state[1].masked_fill(start, 0)
             y, state = self.step(frame, state)
             outputs.append(y)
         return torch.stack(outputs, dim=1), state

@@ -109,7 +109,7 @@ class ConvS5(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: A feedthrough or activation that does not exist, or states that do not split into blocks of conjugate pairs.
+        ValueError: An option that does not exist, or states that do not split into blocks of conjugate pairs.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class ConvS5(nn.Module):
         C = nn.init.kaiming_normal_(torch.empty(u, 2 * p, *k_C)).to(V)
         self.B.copy_(torch.view_as_real(torch.einsum("np,n...->p...", V.conj(), B)))
         self.C.copy_(torch.view_as_real(torch.einsum("np,un...->up...", V, C)))
-        nn.init.uniform_(self.log_step, *map(math.log, self.dt_range))
+        nn.init.uniform_(self.log_step, math.log(self.dt_range[0]), math.log(self.dt_range[1]))
 
     def forward(
         self, u: Tensor, state: Optional[Tensor] = None, reset: Optional[Tensor] = None

@@ -8,7 +8,6 @@ Letters: b batch, t frame, c channels, h height, w width.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -594,7 +593,7 @@ def convs5_moving_mnist_train300(**kwargs: Any) -> ConvS5Predictor:
 @register_network(_convs5_cfg(600))
 def convs5_moving_mnist_train600(**kwargs: Any) -> ConvS5Predictor:
     """ConvS5 as trained on 600 frames of Moving-MNIST, 7.4M parameters."""
-    return ConvS5Predictor(**({"d_model": 128, "ssm": {"ssm_size": 128}} | kwargs))
+    return ConvS5Predictor(**{"d_model": 128, "ssm": {"ssm_size": 128}, **kwargs})
 
 
 @register_network(_cfg())
@@ -606,7 +605,7 @@ def convlstm_moving_mnist_train300(**kwargs: Any) -> ConvLSTMPredictor:
 @register_network(_cfg(input_size=(1, 600, 64, 64)))
 def convlstm_moving_mnist_train600(**kwargs: Any) -> ConvLSTMPredictor:
     """The paper's ConvLSTM for 600 frames of Moving-MNIST, 12.1M parameters."""
-    return ConvLSTMPredictor(**({"d_model": 128} | kwargs))
+    return ConvLSTMPredictor(**{"d_model": 128, **kwargs})
 
 
 @register_network(_cfg(caveats=(_UNCHECKED,)))
@@ -618,26 +617,26 @@ def transformer_moving_mnist_train300(**kwargs: Any) -> TransformerPredictor:
 @register_network(_cfg(input_size=(1, 600, 64, 64), caveats=(_UNCHECKED,)))
 def transformer_moving_mnist_train600(**kwargs: Any) -> TransformerPredictor:
     """The paper's Transformer for 600 frames of Moving-MNIST, 163.5M parameters."""
-    return TransformerPredictor(**({"depths": (64, 128, 256, 512), "latent_size": 8} | kwargs))
+    return TransformerPredictor(**{"depths": (64, 128, 256, 512), "latent_size": 8, **kwargs})
 
 
-_TINY = {"d_model": 32, "n_layers": 2, "depths": (32, 32)}
+_TINY: dict[str, Any] = {"d_model": 32, "n_layers": 2, "depths": (32, 32)}
 
 
 @register_network(_cfg(input_size=(1, 8, 16, 16)))
 def test_convs5(**kwargs: Any) -> ConvS5Predictor:
     """A tiny ConvS5 for tests."""
-    return ConvS5Predictor(**(_TINY | {"ssm": {"ssm_size": 16}} | kwargs))
+    return ConvS5Predictor(**{**_TINY, "ssm": {"ssm_size": 16}, **kwargs})
 
 
 @register_network(_cfg(input_size=(1, 8, 16, 16)))
 def test_convlstm(**kwargs: Any) -> ConvLSTMPredictor:
     """A tiny ConvLSTM for tests."""
-    return ConvLSTMPredictor(**(_TINY | kwargs))
+    return ConvLSTMPredictor(**{**_TINY, **kwargs})
 
 
 @register_network(_cfg(input_size=(1, 8, 16, 16)))
 def test_video_transformer(**kwargs: Any) -> TransformerPredictor:
     """A tiny video Transformer for tests."""
-    args = {"num_heads": 2, "mlp_dim": 64, "latent_size": 8, "latent_channels": 32}
-    return TransformerPredictor(**(_TINY | args | kwargs))
+    args: dict[str, Any] = {"num_heads": 2, "mlp_dim": 64, "latent_size": 8, "latent_channels": 32}
+    return TransformerPredictor(**{**_TINY, **args, **kwargs})

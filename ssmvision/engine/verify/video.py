@@ -1,9 +1,9 @@
 """Predictors of video, and their layers, against the official ones.
 
-The cases hold, of a predictor, video, recon (prediction of each frame but the first), deter (what is decoded), loss and
-its parts, last (the states after all frames but the last) and imagined (the frames that go on after the video), and of
-the layer input, x0, output, ssm_output (before the
-feedthrough), last_state, A_bar, B_bar_HWIO and C_tilde_HWIO. Videos are (b, t, h, w, c), sequences of the layer (t, b, h, w, c).
+Cases of a predictor hold video, recon (predictions of all frames but the first), deter (what is decoded), loss and its
+parts, last (the states after all frames but the last) and imagined (the frames that go on after the video); videos are
+(b, t, h, w, c). Cases of the layer hold input, x0, output, ssm_output (before the feedthrough), last_state and the
+discretized matrices; sequences are (t, b, h, w, c).
 """
 
 from __future__ import annotations
