@@ -2,6 +2,8 @@
 
 from .bimamba import BiMamba
 from .channel_attention import ChannelAttention
+from .conv_lstm import ConvLSTM
+from .convs5 import ConvS5
 from .fscil import FSCILNeck
 from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
@@ -37,6 +39,8 @@ __all__ = [
     "ChannelAttention",
     "ClosedLoopSSM",
     "CompanionSSM",
+    "ConvLSTM",
+    "ConvS5",
     "FSCILNeck",
     "GatedConv",
     "GroupedSS2D",

@@ -1,6 +1,7 @@
 """One file per family; importing this package registers them all with timm."""
 
 from . import (
+    convs5,
     efficientvmamba,
     groupmamba,
     localvim,
@@ -17,6 +18,7 @@ from . import (
 )
 
 __all__ = [
+    "convs5",
     "efficientvmamba",
     "groupmamba",
     "localvim",

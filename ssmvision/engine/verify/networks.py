@@ -18,7 +18,7 @@ from ssmvision.engine.verify.case import Case
 from ssmvision.engine.verify.compare import Verification, compare
 from ssmvision.hub import CheckpointError, compare_keys
 
-__all__ = ["verify_network"]
+__all__ = ["expected_gradients", "verify_network"]
 
 # Families that live in the file of another, as cases spell them.
 _BESIDE: dict[str, str] = {}
@@ -48,7 +48,7 @@ def verify_network(case: Case) -> Verification:
     inputs = found.pop("inputs")
     found |= _gradients(inner, found.pop("loss"), inputs)
     found |= _variants(official, inputs, expected)
-    wanted |= _expected_gradients(family, inner, case.weights, expected)
+    wanted |= expected_gradients(family, inner, case.weights, expected)
     return compare(case.name, found, wanted, case.meta)
 
 
@@ -116,7 +116,7 @@ def _gradients(model: nn.Module, loss: Tensor, inputs: list[Tensor]) -> dict[str
     return found | {"grad_input": inputs[0].grad}
 
 
-def _expected_gradients(
+def expected_gradients(
     family: Any, model: nn.Module, weights: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The case's gradients under our names.
