@@ -1,0 +1,183 @@
+"""What several segmenters are made of: convolution blocks, the Mamba mixer or its twin, and checks of the input."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmvision.layers import GatedConv
+
+__all__ = [
+    "CONVS", "TRANSPOSED_CONVS", "ConvNormAct", "ResidualBlockD", "UnetResBlock", "UnetUpBlock", "check_mixer",
+    "check_volume", "in_full_precision", "init_residual_unet_", "instance_norm", "matching_twin", "one_copy", "per_axis",
+]  # fmt: skip
+
+CONVS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED_CONVS: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_POOLS: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_NORMS: dict[int, Any] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+def instance_norm(spatial_dims: int, channels: int, affine: bool = True) -> nn.Module:
+    """Instance norm with torch's epsilon of 1e-5."""
+    return _NORMS[spatial_dims](channels, affine=affine)
+
+
+def per_axis(value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """A kernel size or stride for each axis."""
+    return (value,) * spatial_dims if isinstance(value, int) else tuple(value)
+
+
+def check_mixer(family: str, mixer: str) -> None:
+    """Raise a ValueError for a mixer that is neither Mamba nor its twin."""
+    if mixer not in ("mamba", "none"):
+        raise ValueError(f"{family}: mixer must be 'mamba' or 'none' (the twin without an SSM), not {mixer!r}")
+
+
+def matching_twin(make: Callable[[], nn.Module], dim: int) -> GatedConv:
+    """The gated convolution over tokens (b, l, dim) with as many parameters as what `make` builds."""
+    with torch.device("meta"):
+        mixer = make()
+    return GatedConv.matching(mixer, dim)
+
+
+def in_full_precision(mix: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """mix(x) in the precision of `weight`, even under autocast: in half precision what surrounds a scan overflows."""
+    with torch.autocast(x.device.type, enabled=False):
+        return mix(x.to(weight.dtype))
+
+
+def check_volume(
+    family: str, x: Tensor, in_channels: int, divisors: Sequence[int], patch_size: Sequence[int] | None = None,
+    why: str = "",
+) -> None:  # fmt: skip
+    """Raise a ValueError that names the rule which an input (b, c, *size) breaks.
+
+    Args:
+        family: Name for the error.
+        x: The input.
+        in_channels: Channels that the network takes.
+        divisors: What the strides divide each axis by.
+        patch_size: The only size that the weights work at, if they fix one.
+        why: What fixes it.
+    """
+    size = tuple(x.shape[2:])
+    if len(size) != len(divisors):
+        raise ValueError(f"{family} takes inputs (b, c{', size' * len(divisors)}), not {tuple(x.shape)}")
+    if x.shape[1] != in_channels:
+        raise ValueError(f"{family} was built for in_channels={in_channels}; the input has {x.shape[1]}")
+    if patch_size is not None and size != tuple(patch_size):
+        raise ValueError(f"{family}: {why}; its patch_size is {tuple(patch_size)}, the input's {size}")
+    if any(length % divisor for length, divisor in zip(size, divisors, strict=True)):
+        raise ValueError(f"{family}: each axis must be a multiple of its strides {tuple(divisors)}, which {size} is not")
+
+
+class ConvNormAct(nn.Module):
+    """Convolution, instance norm and, unless `act=False`, LeakyReLU(0.01): (b, c, *size) → (b, out, *size / stride)."""
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, channels: int, kernel_size: Sequence[int], stride: Any = 1,
+        bias: bool = True, act: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        padding = tuple((k - 1) // 2 for k in kernel_size)
+        self.conv = CONVS[spatial_dims](in_channels, channels, tuple(kernel_size), stride, padding, bias=bias)
+        self.norm = instance_norm(spatial_dims, channels)
+        self.act = nn.LeakyReLU(0.01) if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class ResidualBlockD(nn.Module):
+    """Residual block of nnU-Net with the shortcut of ResNet-D: average pooling, then a normed 1x1 convolution."""
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, channels: int, kernel_size: Sequence[int], stride: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        stride = tuple(stride) or (1,) * spatial_dims
+        one = (1,) * spatial_dims
+        self.conv1 = ConvNormAct(spatial_dims, in_channels, channels, kernel_size, stride)
+        self.conv2 = ConvNormAct(spatial_dims, channels, channels, kernel_size, act=False)
+        skip: list[nn.Module] = [] if stride == one else [_POOLS[spatial_dims](stride, stride)]
+        if in_channels != channels:
+            skip.append(ConvNormAct(spatial_dims, in_channels, channels, one, bias=False, act=False))
+        self.skip = nn.Sequential(*skip)
+        self.act = nn.LeakyReLU(0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv2(self.conv1(x)) + self.skip(x))
+
+
+def init_residual_unet_(network: nn.Module) -> None:
+    """As nnU-Net starts its residual networks: He's convolutions, residual branches that begin at zero."""
+    for module in network.modules():
+        if isinstance(module, (*CONVS.values(), *TRANSPOSED_CONVS.values())):
+            nn.init.kaiming_normal_(module.weight, a=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, ResidualBlockD):
+            nn.init.zeros_(module.conv2.norm.weight)
+
+
+def _conv(conv: nn.Module) -> nn.Module:
+    """A convolution under MONAI's key name."""
+    return nn.Sequential(OrderedDict(conv=conv))
+
+
+class UnetResBlock(nn.Module):
+    """Residual block under MONAI's key names: two 3x3 convolutions, and a 1x1 shortcut where channels change.
+
+    Instance norm has no weights here, convolutions no bias.
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int, channels: int) -> None:
+        super().__init__()
+        conv = CONVS[spatial_dims]
+        self.conv1 = _conv(conv(in_channels, channels, 3, padding=1, bias=False))
+        self.conv2 = _conv(conv(channels, channels, 3, padding=1, bias=False))
+        self.conv3 = _conv(conv(in_channels, channels, 1, bias=False)) if in_channels != channels else None
+        self.norm = instance_norm(spatial_dims, channels, affine=False)
+        self.act = nn.LeakyReLU(0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_channels, *size) → (b, channels, *size)."""
+        shortcut = x if self.conv3 is None else self.norm(self.conv3(x))
+        x = self.act(self.norm(self.conv1(x)))
+        return self.act(self.norm(self.conv2(x)) + shortcut)
+
+
+class UnetUpBlock(nn.Module):
+    """Transposed convolution that doubles the size, concatenation with the skip, residual block (MONAI's key names)."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.transp_conv = _conv(TRANSPOSED_CONVS[spatial_dims](in_channels, channels, 2, stride=2, bias=False))
+        self.conv_block = UnetResBlock(spatial_dims, 2 * channels, channels)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """(b, in_channels, *size) and (b, channels, *2 size) → the latter's shape."""
+        return self.conv_block(torch.cat([self.transp_conv(x), skip], dim=1))
+
+
+def one_copy(state_dict: Mapping[str, Tensor], copies: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    """A state dict that names every tensor once.
+
+    Args:
+        state_dict: Official keys; what a class refers to twice is in it twice, or once in a file without duplicates.
+        copies: (pattern, replacement) from the name of a copy to that of the original, applied in turn; where
+            both are there, the original is taken, otherwise the first of the copies.
+    """
+    kept, spare = {}, {}
+    for key, value in state_dict.items():
+        name = key
+        for pattern, replacement in copies:
+            name = re.sub(pattern, replacement, name)
+        (kept if name == key else spare).setdefault(name, value)
+    return spare | kept

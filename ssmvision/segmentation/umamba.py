@@ -1,0 +1,296 @@
+"""U-Mamba: nnU-Net's residual U-Net with a Mamba layer at the bottleneck (Bot) or throughout the encoder (Enc).
+
+Paper: `U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation` - https://arxiv.org/abs/2401.04722
+Official code (Apache-2.0; no weights were published): https://github.com/bowang-lab/U-Mamba
+"""
+
+import math
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmvision.layers import Mamba
+from ssmvision.models._networks import NetworkCfg, register_network
+from ssmvision.models._official import OfficialModel, Tap, refuse_unpublished
+from ssmvision.segmentation._blocks import (
+    CONVS,
+    ResidualBlockD,
+    check_mixer,
+    check_volume,
+    in_full_precision,
+    init_residual_unet_,
+    instance_norm,
+    matching_twin,
+    one_copy,
+    per_axis,
+)
+
+__all__ = ["UMamba"]
+
+
+class StrideBlock(nn.Module):
+    """Residual block whose shortcut is a strided 1x1 convolution without a norm; the first of every stage."""
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, channels: int, kernel_size: Sequence[int], stride: Any = 1
+    ) -> None:
+        super().__init__()
+        conv, padding = CONVS[spatial_dims], tuple(k // 2 for k in kernel_size)
+        self.conv1 = conv(in_channels, channels, kernel_size, stride, padding)
+        self.norm1 = instance_norm(spatial_dims, channels)
+        self.conv2 = conv(channels, channels, kernel_size, padding=padding)
+        self.norm2 = instance_norm(spatial_dims, channels)
+        self.conv3 = conv(in_channels, channels, 1, stride)
+        self.act = nn.LeakyReLU(0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm1(self.conv1(x)))
+        return self.act(self.norm2(self.conv2(y)) + self.conv3(x))
+
+
+def _stage(
+    spatial_dims: int, in_channels: int, channels: int, kernel_size: Sequence[int], stride: Any, blocks: int
+) -> nn.Sequential:
+    further = [ResidualBlockD(spatial_dims, channels, channels, kernel_size) for _ in range(blocks - 1)]
+    return nn.Sequential(StrideBlock(spatial_dims, in_channels, channels, kernel_size, stride), *further)
+
+
+class MambaLayer(nn.Module):
+    """Layer norm and a causal Mamba over the positions of a map, without a residual.
+
+    Args:
+        dim: Channels, or positions if `channel_tokens`.
+        channel_tokens: Let the channels be the tokens and the positions the features of each; fixes the map's size.
+        mixer: "mamba", or "none" for the twin.
+    """
+
+    def __init__(self, dim: int, channel_tokens: bool = False, mixer: str = "mamba") -> None:
+        super().__init__()
+        self.channel_tokens = channel_tokens
+        self.norm = nn.LayerNorm(dim)
+        self.mamba = Mamba(dim) if mixer == "mamba" else matching_twin(lambda: Mamba(dim), dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, *size) → the same."""
+        return in_full_precision(self._mix, x, self.norm.weight)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        if self.channel_tokens:
+            return self.mamba(self.norm(tokens)).reshape(x.shape)
+        return self.mamba(self.norm(tokens.transpose(1, 2))).transpose(1, 2).reshape(x.shape)
+
+
+class Encoder(nn.Module):
+    """Stem and stages; returns what each stage hands to the decoder, finest first."""
+
+    def __init__(self, stem: nn.Module, stages: List[nn.Module], mamba_layers: List[nn.Module]) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.mamba_layers = nn.ModuleList(mamba_layers)
+
+    def forward(self, x: Tensor) -> List[Tensor]:
+        x, skips = self.stem(x), []
+        for stage, mamba in zip(self.stages, self.mamba_layers):
+            x = mamba(stage(x))
+            skips.append(x)
+        return skips
+
+
+class Upsample(nn.Module):
+    """Repeats every position along each axis, then a 1x1 convolution."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, channels: int, stride: Sequence[int]) -> None:
+        super().__init__()
+        self.scale = tuple(float(s) for s in stride)
+        self.conv = CONVS[spatial_dims](in_channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=self.scale, mode="nearest"))
+
+
+class Decoder(nn.Module):
+    """Stages from the coarsest to the finest, each after an upsampling and the concatenation of its skip.
+
+    The finest stage of two-dimensional networks takes no skip. All classifiers are there whether or not
+    `deep_supervision`, which may be switched at any time, lets those of coarser stages be used.
+    """
+
+    def __init__(
+        self, spatial_dims: int, features: Sequence[int], kernel_sizes: Sequence[Sequence[int]],
+        strides: Sequence[Sequence[int]], blocks: Sequence[int], out_channels: int, deep_supervision: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        self.stages, self.upsample_layers, self.seg_layers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.concatenates: List[bool] = []
+        for below in range(len(features) - 1, 0, -1):
+            channels, stage = features[below - 1], len(features) - 1 - below
+            self.concatenates.append(spatial_dims == 3 or below > 1)
+            self.upsample_layers.append(Upsample(spatial_dims, features[below], channels, strides[below]))
+            width = channels * (2 if self.concatenates[-1] else 1)
+            self.stages.append(_stage(spatial_dims, width, channels, kernel_sizes[below - 1], 1, blocks[stage]))
+            self.seg_layers.append(CONVS[spatial_dims](channels, out_channels, 1))
+
+    def forward(self, skips: List[Tensor]) -> Union[Tensor, List[Tensor]]:
+        """Logits of the finest stage; with deep supervision a list of those of every stage, finest first."""
+        x, outputs = skips[-1], []
+        for stage, (upsample, block) in enumerate(zip(self.upsample_layers, self.stages)):
+            x = upsample(x)
+            x = block(torch.cat([x, skips[-2 - stage]], dim=1) if self.concatenates[stage] else x)
+            if self.deep_supervision or stage == len(self.stages) - 1:
+                outputs.append(self.seg_layers[stage](x))
+        return outputs[::-1] if self.deep_supervision else outputs[0]
+
+
+class UMamba(nn.Module):
+    """U-Mamba (figure 1 of the paper, sizes of the official code).
+
+    Logits (b, out_channels, *size) for inputs (b, in_channels, *size); with deep supervision a list of logits, the
+    finest first, in training and evaluation alike. Switch that by `network.decoder.deep_supervision`, as nnU-Net does.
+
+    Where a stage of Enc has at most as many positions as channels, its tokens are the channels and its positions their
+    features: such weights work at the size `patch_size` alone.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: Input channels.
+        out_channels: Classes, the background included.
+        features_per_stage: Channels of each stage.
+        kernel_sizes: Kernel of each stage, per axis or one for all axes.
+        strides: Stride of each stage, likewise; the first is as a rule 1.
+        n_conv_per_stage: Residual blocks of each encoder stage, which the deeper half ignores: it has one.
+        n_conv_per_stage_decoder: The same of the decoder, coarsest stage first; here the finer half has one.
+        placement: "bot", a Mamba layer at the bottleneck, or "enc", one after every encoder stage (of two-dimensional
+            networks: after the last, the last but two, ...).
+        patch_size: Size that the network is planned for; "enc" needs it.
+        deep_supervision: Return the logits of every decoder stage.
+        mixer: "mamba", or "none" for gated convolutions of as many parameters in its place.
+
+    Raises:
+        ValueError: Arguments that contradict each other; inputs that do not fit.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        features_per_stage: Sequence[int],
+        kernel_sizes: Sequence[Union[int, Sequence[int]]],
+        strides: Sequence[Union[int, Sequence[int]]],
+        n_conv_per_stage: Union[int, Sequence[int]] = 2,
+        n_conv_per_stage_decoder: Union[int, Sequence[int]] = 2,
+        placement: str = "bot",
+        patch_size: Optional[Sequence[int]] = None,
+        deep_supervision: bool = False,
+        mixer: str = "mamba",
+    ) -> None:
+        super().__init__()
+        check_mixer("U-Mamba", mixer)
+        n = len(features_per_stage)
+        _check_plan(spatial_dims, n, kernel_sizes, strides, placement, patch_size)
+        kernels = [per_axis(kernel, spatial_dims) for kernel in kernel_sizes]
+        steps = [per_axis(stride, spatial_dims) for stride in strides]
+        self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
+        self.divisors = [math.prod(axis) for axis in zip(*steps)]
+        depths = _depths(n_conv_per_stage, n, math.ceil(n / 2))
+        decoder_depths = _depths(n_conv_per_stage_decoder, n - 1, math.ceil((n - 1) / 2 + 0.5))
+        widths = [features_per_stage[0], *features_per_stage]
+        self.encoder = Encoder(
+            _stage(spatial_dims, in_channels, widths[0], kernels[0], 1, depths[0]),
+            [_stage(spatial_dims, widths[i], widths[i + 1], kernels[i], steps[i], depths[i]) for i in range(n)],
+            _mamba_layers(features_per_stage, steps, patch_size, mixer) if placement == "enc" else
+            [nn.Identity() for _ in range(n)],
+        )  # fmt: skip
+        self.fixed_size = any(getattr(layer, "channel_tokens", False) for layer in self.encoder.mamba_layers)
+        self.mamba_layer = MambaLayer(widths[-1], mixer=mixer) if placement == "bot" else nn.Identity()
+        self.decoder = Decoder(
+            spatial_dims, features_per_stage, kernels, steps, decoder_depths, out_channels, deep_supervision
+        )
+        init_residual_unet_(self)
+
+    def forward(self, x: Tensor) -> Union[Tensor, List[Tensor]]:
+        fixed = self.patch_size if self.fixed_size else None
+        why = "stages with channels for tokens fix the input's size"
+        check_volume("U-Mamba", x, self.in_channels, self.divisors, fixed, why)
+        skips = self.encoder(x)
+        return self.decoder([*skips[:-1], self.mamba_layer(skips[-1])])
+
+
+def _check_plan(
+    spatial_dims: int, n: int, kernel_sizes: Sequence[Any], strides: Sequence[Any], placement: str,
+    patch_size: Optional[Sequence[int]],
+) -> None:  # fmt: skip
+    if spatial_dims not in CONVS:
+        raise ValueError(f"U-Mamba: spatial_dims must be 2 or 3, not {spatial_dims}")
+    if n < 2 or len(kernel_sizes) != n or len(strides) != n:
+        raise ValueError(
+            f"U-Mamba: features_per_stage, kernel_sizes and strides must be of one length, at least 2; they are of "
+            f"{n}, {len(kernel_sizes)} and {len(strides)}"
+        )
+    if placement not in ("bot", "enc"):
+        raise ValueError(f"U-Mamba: placement must be 'bot' or 'enc', not {placement!r}")
+    if placement == "enc" and (patch_size is None or len(patch_size) != spatial_dims):
+        raise ValueError(f"U-Mamba Enc is planned for one patch_size of {spatial_dims} axes, not {patch_size}")
+
+
+def _depths(blocks: Union[int, Sequence[int]], stages: int, whole: int) -> List[int]:
+    """Blocks of each stage; from stage `whole` on there is one, whatever was asked for."""
+    asked = [blocks] * stages if isinstance(blocks, int) else list(blocks)
+    if len(asked) != stages:
+        raise ValueError(f"U-Mamba: {stages} stages need as many numbers of blocks, not {len(asked)}")
+    return asked[:whole] + [1] * (stages - whole)
+
+
+def _mamba_layers(
+    features: Sequence[int], strides: Sequence[Sequence[int]], patch_size: Optional[Sequence[int]], mixer: str
+) -> List[nn.Module]:
+    """The layers of Enc: after every stage, in two dimensions after every second one that ends with the last."""
+    assert patch_size is not None
+    size, layers, n = tuple(patch_size), [], len(features)
+    for stage, (channels, stride) in enumerate(zip(features, strides)):
+        size = tuple(length // step for length, step in zip(size, stride))
+        if len(size) == 2 and (n - 1 - stage) % 2:
+            layers.append(nn.Identity())
+            continue
+        by_channel = math.prod(size) <= channels
+        layers.append(MambaLayer(math.prod(size) if by_channel else channels, by_channel, mixer))
+    return layers
+
+
+# The official classes refer to the encoder twice and to the parts of each convolution block twice.
+_COPIES = (
+    (r"^decoder\.encoder\.", "encoder."),
+    (r"\.all_modules\.0\.", ".conv."),
+    (r"\.all_modules\.1\.", ".norm."),
+)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+    """Official keys, every tensor once; ours pass unchanged."""
+    return one_copy(state_dict, _COPIES)
+
+
+_UNDERSTOOD = {"conv_bias": (True,), "norm": ("instance(eps=1e-5, affine)",), "nonlin": ("LeakyReLU(0.01)",)}
+
+
+def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
+    """Build from the arguments of the official `UMambaBot` and `UMambaEnc`."""
+    refuse_unpublished("U-Mamba", kwargs, _UNDERSTOOD)
+    found = [placement for placement in ("bot", "enc") if f"umamba{placement}" in official_class.lower()]
+    if len(found) != 1:
+        raise ValueError(f"U-Mamba has the classes UMambaBot and UMambaEnc, not {official_class!r}")
+    model = UMamba(
+        spatial_dims=len(kwargs["patch_size"]),
+        in_channels=kwargs["input_channels"],
+        out_channels=kwargs["num_classes"],
+        placement=found[0],
+        deep_supervision=kwargs.get("deep_supervision", False),
+        **{name: kwargs[name] for name in ("patch_size", "features_per_stage", "kernel_sizes", "strides")},
+        **{name: kwargs[name] for name in ("n_conv_per_stage", "n_conv_per_stage_decoder")},
+    )
+    return OfficialModel(model, lambda name: [Tap(name)])
