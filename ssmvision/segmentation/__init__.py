@@ -1,2 +1,3 @@
 """Segmentation networks (and what was published with them), one file per family; importing it registers them all."""
-from . import umamba as umamba
+
+from . import segmamba, umamba  # noqa: F401

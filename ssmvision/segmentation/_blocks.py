@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from ssmvision.layers import GatedConv
 
 __all__ = [
-    "CONVS", "TRANSPOSED_CONVS", "ConvNormAct", "ResidualBlockD", "UnetResBlock", "UnetUpBlock", "check_mixer",
-    "check_volume", "in_full_precision", "init_residual_unet_", "instance_norm", "matching_twin", "one_copy", "per_axis",
+    "CONVS", "TRANSPOSED_CONVS", "ConvNormAct", "ResidualBlockD", "check_mixer",
+    "check_volume", "in_full_precision", "init_residual_unet_", "instance_norm", "matching_twin", "one_copy",
+    "per_axis", "reported",
 ]  # fmt: skip
 
 CONVS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -74,7 +74,9 @@ def check_volume(
     if patch_size is not None and size != tuple(patch_size):
         raise ValueError(f"{family}: {why}; its patch_size is {tuple(patch_size)}, the input's {size}")
     if any(length % divisor for length, divisor in zip(size, divisors, strict=True)):
-        raise ValueError(f"{family}: each axis must be a multiple of its strides {tuple(divisors)}, which {size} is not")
+        raise ValueError(
+            f"{family}: axes must be multiples of {tuple(divisors)}, the product of strides; {size} are not"
+        )
 
 
 class ConvNormAct(nn.Module):
@@ -104,7 +106,7 @@ class ResidualBlockD(nn.Module):
         stride = tuple(stride) or (1,) * spatial_dims
         one = (1,) * spatial_dims
         self.conv1 = ConvNormAct(spatial_dims, in_channels, channels, kernel_size, stride)
-        self.conv2 = ConvNormAct(spatial_dims, channels, channels, kernel_size, act=False)
+        self.conv2: Any = ConvNormAct(spatial_dims, channels, channels, kernel_size, act=False)
         skip: list[nn.Module] = [] if stride == one else [_POOLS[spatial_dims](stride, stride)]
         if in_channels != channels:
             skip.append(ConvNormAct(spatial_dims, in_channels, channels, one, bias=False, act=False))
@@ -117,53 +119,14 @@ class ResidualBlockD(nn.Module):
 
 def init_residual_unet_(network: nn.Module) -> None:
     """As nnU-Net starts its residual networks: He's convolutions, residual branches that begin at zero."""
-    for module in network.modules():
-        if isinstance(module, (*CONVS.values(), *TRANSPOSED_CONVS.values())):
+    modules: list[Any] = list(network.modules())
+    for module in modules:
+        if type(module) in (*CONVS.values(), *TRANSPOSED_CONVS.values()):
             nn.init.kaiming_normal_(module.weight, a=0.01)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, ResidualBlockD):
+        elif type(module) is ResidualBlockD:
             nn.init.zeros_(module.conv2.norm.weight)
-
-
-def _conv(conv: nn.Module) -> nn.Module:
-    """A convolution under MONAI's key name."""
-    return nn.Sequential(OrderedDict(conv=conv))
-
-
-class UnetResBlock(nn.Module):
-    """Residual block under MONAI's key names: two 3x3 convolutions, and a 1x1 shortcut where channels change.
-
-    Instance norm has no weights here, convolutions no bias.
-    """
-
-    def __init__(self, spatial_dims: int, in_channels: int, channels: int) -> None:
-        super().__init__()
-        conv = CONVS[spatial_dims]
-        self.conv1 = _conv(conv(in_channels, channels, 3, padding=1, bias=False))
-        self.conv2 = _conv(conv(channels, channels, 3, padding=1, bias=False))
-        self.conv3 = _conv(conv(in_channels, channels, 1, bias=False)) if in_channels != channels else None
-        self.norm = instance_norm(spatial_dims, channels, affine=False)
-        self.act = nn.LeakyReLU(0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, in_channels, *size) → (b, channels, *size)."""
-        shortcut = x if self.conv3 is None else self.norm(self.conv3(x))
-        x = self.act(self.norm(self.conv1(x)))
-        return self.act(self.norm(self.conv2(x)) + shortcut)
-
-
-class UnetUpBlock(nn.Module):
-    """Transposed convolution that doubles the size, concatenation with the skip, residual block (MONAI's key names)."""
-
-    def __init__(self, spatial_dims: int, in_channels: int, channels: int) -> None:
-        super().__init__()
-        self.transp_conv = _conv(TRANSPOSED_CONVS[spatial_dims](in_channels, channels, 2, stride=2, bias=False))
-        self.conv_block = UnetResBlock(spatial_dims, 2 * channels, channels)
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """(b, in_channels, *size) and (b, channels, *2 size) → the latter's shape."""
-        return self.conv_block(torch.cat([self.transp_conv(x), skip], dim=1))
 
 
 def one_copy(state_dict: Mapping[str, Tensor], copies: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
@@ -174,10 +137,16 @@ def one_copy(state_dict: Mapping[str, Tensor], copies: Iterable[tuple[str, str]]
         copies: (pattern, replacement) from the name of a copy to that of the original, applied in turn; where
             both are there, the original is taken, otherwise the first of the copies.
     """
-    kept, spare = {}, {}
+    kept: dict[str, Tensor] = {}
+    spare: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         name = key
         for pattern, replacement in copies:
             name = re.sub(pattern, replacement, name)
         (kept if name == key else spare).setdefault(name, value)
     return spare | kept
+
+
+def reported(*results: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+    """What authors report, data and metric → value; a `*` marks what was recalled from the paper, not re-read."""
+    return tuple((what, value.replace("*", " (recalled from the paper, not re-read)")) for what, value in results)

@@ -25,6 +25,7 @@ from ssmvision.segmentation._blocks import (
     matching_twin,
     one_copy,
     per_axis,
+    reported,
 )
 
 __all__ = ["UMamba"]
@@ -94,7 +95,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> List[Tensor]:
         x, skips = self.stem(x), []
-        for stage, mamba in zip(self.stages, self.mamba_layers):
+        for stage, mamba in zip(self.stages, self.mamba_layers, strict=True):
             x = mamba(stage(x))
             skips.append(x)
         return skips
@@ -138,7 +139,7 @@ class Decoder(nn.Module):
     def forward(self, skips: List[Tensor]) -> Union[Tensor, List[Tensor]]:
         """Logits of the finest stage; with deep supervision a list of those of every stage, finest first."""
         x, outputs = skips[-1], []
-        for stage, (upsample, block) in enumerate(zip(self.upsample_layers, self.stages)):
+        for stage, (upsample, block) in enumerate(zip(self.upsample_layers, self.stages, strict=True)):
             x = upsample(x)
             x = block(torch.cat([x, skips[-2 - stage]], dim=1) if self.concatenates[stage] else x)
             if self.deep_supervision or stage == len(self.stages) - 1:
@@ -196,7 +197,7 @@ class UMamba(nn.Module):
         kernels = [per_axis(kernel, spatial_dims) for kernel in kernel_sizes]
         steps = [per_axis(stride, spatial_dims) for stride in strides]
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
-        self.divisors = [math.prod(axis) for axis in zip(*steps)]
+        self.divisors = [math.prod(axis) for axis in zip(*steps, strict=True)]
         depths = _depths(n_conv_per_stage, n, math.ceil(n / 2))
         decoder_depths = _depths(n_conv_per_stage_decoder, n - 1, math.ceil((n - 1) / 2 + 0.5))
         widths = [features_per_stage[0], *features_per_stage]
@@ -214,6 +215,7 @@ class UMamba(nn.Module):
         init_residual_unet_(self)
 
     def forward(self, x: Tensor) -> Union[Tensor, List[Tensor]]:
+        """(b, in_channels, *size) → logits (b, out_channels, *size), or a list of them (see the class)."""
         fixed = self.patch_size if self.fixed_size else None
         why = "stages with channels for tokens fix the input's size"
         check_volume("U-Mamba", x, self.in_channels, self.divisors, fixed, why)
@@ -251,9 +253,10 @@ def _mamba_layers(
 ) -> List[nn.Module]:
     """The layers of Enc: after every stage, in two dimensions after every second one that ends with the last."""
     assert patch_size is not None
-    size, layers, n = tuple(patch_size), [], len(features)
-    for stage, (channels, stride) in enumerate(zip(features, strides)):
-        size = tuple(length // step for length, step in zip(size, stride))
+    size, n = tuple(patch_size), len(features)
+    layers: List[nn.Module] = []
+    for stage, (channels, stride) in enumerate(zip(features, strides, strict=True)):
+        size = tuple(length // step for length, step in zip(size, stride, strict=True))
         if len(size) == 2 and (n - 1 - stage) % 2:
             layers.append(nn.Identity())
             continue
@@ -294,3 +297,142 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         **{name: kwargs[name] for name in ("n_conv_per_stage", "n_conv_per_stage_decoder")},
     )
     return OfficialModel(model, lambda name: [Tap(name)])
+
+
+_SOURCE = "https://github.com/bowang-lab/U-Mamba"
+_BASELINE = (
+    "nnU-Net's own five-fold comparison on six datasets (documentation/resenc_presets.md) finds the same network "
+    "without Mamba layers equal to or better than Bot on 4 and Enc on 5 of them."
+)
+_PLAN = "The authors published no plans: patch size, strides and kernels are reconstructed from the paper's table."
+_CHANNEL_TOKENS = "Stages with at most as many positions as channels take channels for tokens: patch_size is fixed."
+
+
+def _plan(patch_size: Sequence[int], features: Sequence[int], in_channels: int, out_channels: int) -> Dict[str, Any]:
+    """The plans of the paper: axes are halved from the second stage on, but for depth in the first and last of 3-D."""
+    n, dims = len(features), len(patch_size)
+    strides, kernels = [(1,) * dims] + [(2,) * dims] * (n - 1), [(3,) * dims] * n
+    if dims == 3:
+        strides[1] = strides[-1] = (1, 2, 2)
+        kernels[0] = (1, 3, 3)
+    return {
+        "spatial_dims": dims, "in_channels": in_channels, "out_channels": out_channels,
+        "features_per_stage": tuple(features), "kernel_sizes": kernels, "strides": strides,
+        "patch_size": tuple(patch_size),
+    }  # fmt: skip
+
+
+_FEATURES_3D = (32, 64, 128, 256, 320, 320)
+_FEATURES_2D = (32, 64, 128, 256, 512, 512, 512)
+_ABDOMEN_CT = _plan((40, 224, 192), _FEATURES_3D, 1, 14)
+_ABDOMEN_MR = _plan((48, 160, 224), _FEATURES_3D, 1, 14)
+_ABDOMEN_MR_2D = _plan((320, 320), _FEATURES_2D, 1, 14)
+_ENDOSCOPY = _plan((384, 640), _FEATURES_2D, 3, 8)
+_MICROSCOPY = _plan((512, 512), (*_FEATURES_2D, 512), 3, 3)
+_MICRO_2D = _plan((32, 48), (8, 16, 24), 1, 3)
+_MICRO_3D = _plan((8, 16, 16), (8, 16, 24, 32), 1, 3)
+
+
+def _cfg(placement: str, plan: Dict[str, Any], *results: Tuple[str, str]) -> NetworkCfg:
+    return NetworkCfg(
+        paper_name="U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation",
+        paper_ids="arXiv:2401.04722",
+        origin_url=_SOURCE,
+        license="Apache-2.0",
+        input_size=(plan["in_channels"], *plan["patch_size"]),
+        results=reported(*results),
+        results_source="https://arxiv.org/abs/2401.04722",
+        caveats=(_BASELINE, _PLAN, _CHANNEL_TOKENS) if placement == "enc" else (_BASELINE, _PLAN),
+    )
+
+
+def _create(placement: str, plan: Dict[str, Any], kwargs: Dict[str, Any]) -> UMamba:
+    return UMamba(**{**plan, "placement": placement, **kwargs})
+
+
+@register_network(
+    _cfg("bot", _ABDOMEN_CT, ("AbdomenCT DSC", "0.8683±0.0808"), ("AbdomenCT NSD", "0.9049±0.0821*")), twin=True
+)
+def umamba_bot_3d(**kwargs: Any) -> UMamba:
+    """U-Mamba Bot as planned for AbdomenCT, 41.95M parameters."""
+    return _create("bot", _ABDOMEN_CT, kwargs)
+
+
+@register_network(
+    _cfg("enc", _ABDOMEN_CT, ("AbdomenCT DSC", "0.8638±0.0908*"), ("AbdomenCT NSD", "0.8980±0.0921*")), twin=True
+)
+def umamba_enc_3d(**kwargs: Any) -> UMamba:
+    """U-Mamba Enc as planned for AbdomenCT, 42.84M parameters."""
+    return _create("enc", _ABDOMEN_CT, kwargs)
+
+
+@register_network(
+    _cfg("bot", _ABDOMEN_MR, ("AbdomenMR DSC", "0.8453±0.0673*"), ("AbdomenMR NSD", "0.9121±0.0634*")), twin=True
+)
+def umamba_bot_3d_abdomenmr(**kwargs: Any) -> UMamba:
+    """U-Mamba Bot as planned for volumes of AbdomenMR, 41.95M parameters."""
+    return _create("bot", _ABDOMEN_MR, kwargs)
+
+
+@register_network(
+    _cfg("enc", _ABDOMEN_MR, ("AbdomenMR DSC", "0.8501±0.0732"), ("AbdomenMR NSD", "0.9171±0.0689*")), twin=True
+)
+def umamba_enc_3d_abdomenmr(**kwargs: Any) -> UMamba:
+    """U-Mamba Enc as planned for volumes of AbdomenMR, 42.84M parameters."""
+    return _create("enc", _ABDOMEN_MR, kwargs)
+
+
+@register_network(
+    _cfg("bot", _ABDOMEN_MR_2D, ("AbdomenMR DSC", "0.7588±0.1051*"), ("AbdomenMR NSD", "0.8285±0.1074*")), twin=True
+)
+def umamba_bot_2d(**kwargs: Any) -> UMamba:
+    """U-Mamba Bot as planned for slices of AbdomenMR, 47.53M parameters."""
+    return _create("bot", _ABDOMEN_MR_2D, kwargs)
+
+
+@register_network(
+    _cfg("enc", _ABDOMEN_MR_2D, ("AbdomenMR DSC", "0.7625±0.1082"), ("AbdomenMR NSD", "0.8327±0.1087*")), twin=True
+)
+def umamba_enc_2d(**kwargs: Any) -> UMamba:
+    """U-Mamba Enc as planned for slices of AbdomenMR, 47.02M parameters."""
+    return _create("enc", _ABDOMEN_MR_2D, kwargs)
+
+
+@register_network(
+    _cfg("bot", _ENDOSCOPY, ("Endoscopy DSC", "0.6540±0.3008"), ("Endoscopy NSD", "0.6692±0.3050")), twin=True
+)
+def umamba_bot_2d_endoscopy(**kwargs: Any) -> UMamba:
+    """U-Mamba Bot as planned for Endoscopy, 47.52M parameters."""
+    return _create("bot", _ENDOSCOPY, kwargs)
+
+
+@register_network(
+    _cfg("enc", _ENDOSCOPY, ("Endoscopy DSC", "0.6303±0.3067*"), ("Endoscopy NSD", "0.6451±0.3104*")), twin=True
+)
+def umamba_enc_2d_endoscopy(**kwargs: Any) -> UMamba:
+    """U-Mamba Enc as planned for Endoscopy, 47.68M parameters."""
+    return _create("enc", _ENDOSCOPY, kwargs)
+
+
+@register_network(_cfg("bot", _MICROSCOPY, ("Microscopy F1", "0.5389±0.2817*")), twin=True)
+def umamba_bot_2d_microscopy(**kwargs: Any) -> UMamba:
+    """U-Mamba Bot as planned for Microscopy, 64.80M parameters."""
+    return _create("bot", _MICROSCOPY, kwargs)
+
+
+@register_network(_cfg("enc", _MICROSCOPY, ("Microscopy F1", "0.5607±0.2784")), twin=True)
+def umamba_enc_2d_microscopy(**kwargs: Any) -> UMamba:
+    """U-Mamba Enc as planned for Microscopy, 64.01M parameters."""
+    return _create("enc", _MICROSCOPY, kwargs)
+
+
+@register_network(_cfg("bot", _MICRO_2D), twin=True)
+def test_umamba_bot(**kwargs: Any) -> UMamba:
+    """A micro network for tests."""
+    return _create("bot", _MICRO_2D, kwargs)
+
+
+@register_network(_cfg("enc", _MICRO_3D), twin=True)
+def test_umamba_enc(**kwargs: Any) -> UMamba:
+    """A micro network for tests; its deepest stage takes channels for tokens."""
+    return _create("enc", _MICRO_3D, kwargs)
