@@ -12,9 +12,23 @@ from torch import Tensor, nn
 from ssmvision.layers import GatedConv
 
 __all__ = [
-    "CONVS", "TRANSPOSED_CONVS", "ConvNormAct", "ResidualBlockD", "check_mixer",
-    "check_volume", "in_full_precision", "init_residual_unet_", "instance_norm", "matching_twin", "one_copy",
-    "per_axis", "reported",
+    "CONVS",
+    "NNUNET_COPIES",
+    "TRANSPOSED_CONVS",
+    "ConvNormAct",
+    "Decoder",
+    "ResidualBlockD",
+    "blocks_per_stage",
+    "check_mixer",
+    "check_plan",
+    "check_volume",
+    "in_full_precision",
+    "init_residual_unet_",
+    "instance_norm",
+    "matching_twin",
+    "one_copy",
+    "per_axis",
+    "reported",
 ]  # fmt: skip
 
 CONVS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -37,6 +51,27 @@ def check_mixer(family: str, mixer: str) -> None:
     """Raise a ValueError for a mixer that is neither Mamba nor its twin."""
     if mixer not in ("mamba", "none"):
         raise ValueError(f"{family}: mixer must be 'mamba' or 'none' (the twin without an SSM), not {mixer!r}")
+
+
+def check_plan(
+    family: str, spatial_dims: int, stages: int, kernel_sizes: Sequence[Any], strides: Sequence[Any]
+) -> None:
+    """Raise a ValueError for a plan of nnU-Net's kind that contradicts itself."""
+    if spatial_dims not in CONVS:
+        raise ValueError(f"{family}: spatial_dims must be 2 or 3, not {spatial_dims}")
+    if stages < 2 or len(kernel_sizes) != stages or len(strides) != stages:
+        raise ValueError(
+            f"{family}: features_per_stage, kernel_sizes and strides must be of one length, at least 2; they are of "
+            f"{stages}, {len(kernel_sizes)} and {len(strides)}"
+        )
+
+
+def blocks_per_stage(family: str, blocks: int | Sequence[int], stages: int) -> list[int]:
+    """A number of blocks for each stage, from a list of them or one for all."""
+    numbers = [blocks] * stages if isinstance(blocks, int) else list(blocks)
+    if len(numbers) != stages:
+        raise ValueError(f"{family}: {stages} stages need as many numbers of blocks, not {len(numbers)}")
+    return numbers
 
 
 def matching_twin(make: Callable[[], nn.Module], dim: int) -> GatedConv:
@@ -127,6 +162,49 @@ def init_residual_unet_(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
         elif type(module) is ResidualBlockD:
             nn.init.zeros_(module.conv2.norm.weight)
+
+
+class Decoder(nn.Module):
+    """Stages from the coarsest to the finest: upsampling, concatenation with the skip, a block, a classifier.
+
+    Every stage has a classifier, but those of the coarser ones are used with `deep_supervision` alone, which may be
+    switched at any time.
+    """
+
+    def __init__(self, deep_supervision: bool) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        self.upsample_layers, self.stages, self.seg_layers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.takes_skip: list[bool] = []
+
+    def add_stage(self, upsample: nn.Module, block: nn.Module, classifier: nn.Module, takes_skip: bool = True) -> None:
+        """Append the next finer stage."""
+        self.upsample_layers.append(upsample)
+        self.stages.append(block)
+        self.seg_layers.append(classifier)
+        self.takes_skip.append(takes_skip)
+
+    def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
+        """Logits of the finest stage; with deep supervision a list of those of every stage, finest first.
+
+        Args:
+            skips: Maps of the encoder, finest first; the last is where decoding begins.
+        """
+        x, outputs = skips[-1], []
+        for stage, (upsample, block) in enumerate(zip(self.upsample_layers, self.stages, strict=True)):
+            x = upsample(x)
+            x = block(torch.cat([x, skips[-2 - stage]], dim=1) if self.takes_skip[stage] else x)
+            if self.deep_supervision or stage == len(self.stages) - 1:
+                outputs.append(self.seg_layers[stage](x))
+        return outputs[::-1] if self.deep_supervision else outputs[0]
+
+
+# Networks of nnU-Net's making refer to their encoder twice, and to the parts of each convolution block.
+NNUNET_COPIES = (
+    (r"^decoder\.encoder\.", "encoder."),
+    (r"\.all_modules\.0\.", ".conv."),
+    (r"\.all_modules\.1\.", ".norm."),
+)
 
 
 def one_copy(state_dict: Mapping[str, Tensor], copies: Iterable[tuple[str, str]]) -> dict[str, Tensor]:

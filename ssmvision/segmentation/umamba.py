@@ -7,7 +7,6 @@ Official code (Apache-2.0; no weights were published): https://github.com/bowang
 import math
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,8 +15,12 @@ from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, refuse_unpublished
 from ssmvision.segmentation._blocks import (
     CONVS,
+    NNUNET_COPIES,
+    Decoder,
     ResidualBlockD,
+    blocks_per_stage,
     check_mixer,
+    check_plan,
     check_volume,
     in_full_precision,
     init_residual_unet_,
@@ -26,6 +29,14 @@ from ssmvision.segmentation._blocks import (
     one_copy,
     per_axis,
     reported,
+)
+from ssmvision.segmentation._plans import (
+    ABDOMEN_CT,
+    ABDOMEN_MR,
+    ABDOMEN_MR_2D,
+    ENDOSCOPY,
+    MICROSCOPY,
+    nnunet_plan,
 )
 
 __all__ = ["UMamba"]
@@ -113,38 +124,21 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=self.scale, mode="nearest"))
 
 
-class Decoder(nn.Module):
-    """Stages from the coarsest to the finest, each after an upsampling and the concatenation of its skip.
-
-    The finest stage of two-dimensional networks takes no skip. All classifiers are there whether or not
-    `deep_supervision`, which may be switched at any time, lets those of coarser stages be used.
-    """
-
-    def __init__(
-        self, spatial_dims: int, features: Sequence[int], kernel_sizes: Sequence[Sequence[int]],
-        strides: Sequence[Sequence[int]], blocks: Sequence[int], out_channels: int, deep_supervision: bool,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.deep_supervision = deep_supervision
-        self.stages, self.upsample_layers, self.seg_layers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        self.concatenates: List[bool] = []
-        for below in range(len(features) - 1, 0, -1):
-            channels, stage = features[below - 1], len(features) - 1 - below
-            self.concatenates.append(spatial_dims == 3 or below > 1)
-            self.upsample_layers.append(Upsample(spatial_dims, features[below], channels, strides[below]))
-            width = channels * (2 if self.concatenates[-1] else 1)
-            self.stages.append(_stage(spatial_dims, width, channels, kernel_sizes[below - 1], 1, blocks[stage]))
-            self.seg_layers.append(CONVS[spatial_dims](channels, out_channels, 1))
-
-    def forward(self, skips: List[Tensor]) -> Union[Tensor, List[Tensor]]:
-        """Logits of the finest stage; with deep supervision a list of those of every stage, finest first."""
-        x, outputs = skips[-1], []
-        for stage, (upsample, block) in enumerate(zip(self.upsample_layers, self.stages, strict=True)):
-            x = upsample(x)
-            x = block(torch.cat([x, skips[-2 - stage]], dim=1) if self.concatenates[stage] else x)
-            if self.deep_supervision or stage == len(self.stages) - 1:
-                outputs.append(self.seg_layers[stage](x))
-        return outputs[::-1] if self.deep_supervision else outputs[0]
+def _decoder(
+    spatial_dims: int, features: Sequence[int], kernel_sizes: Sequence[Sequence[int]],
+    strides: Sequence[Sequence[int]], blocks: Sequence[int], out_channels: int, deep_supervision: bool,
+) -> Decoder:  # fmt: skip
+    """The finest stage of two-dimensional networks takes no skip."""
+    decoder = Decoder(deep_supervision)
+    for stage, below in enumerate(range(len(features) - 1, 0, -1)):
+        channels, takes_skip = features[below - 1], spatial_dims == 3 or below > 1
+        decoder.add_stage(
+            Upsample(spatial_dims, features[below], channels, strides[below]),
+            _stage(spatial_dims, channels * (1 + takes_skip), channels, kernel_sizes[below - 1], 1, blocks[stage]),
+            CONVS[spatial_dims](channels, out_channels, 1),
+            takes_skip,
+        )
+    return decoder
 
 
 class UMamba(nn.Module):
@@ -193,7 +187,8 @@ class UMamba(nn.Module):
         super().__init__()
         check_mixer("U-Mamba", mixer)
         n = len(features_per_stage)
-        _check_plan(spatial_dims, n, kernel_sizes, strides, placement, patch_size)
+        check_plan("U-Mamba", spatial_dims, n, kernel_sizes, strides)
+        _check_placement(spatial_dims, placement, patch_size)
         kernels = [per_axis(kernel, spatial_dims) for kernel in kernel_sizes]
         steps = [per_axis(stride, spatial_dims) for stride in strides]
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
@@ -209,7 +204,7 @@ class UMamba(nn.Module):
         )  # fmt: skip
         self.fixed_size = any(getattr(layer, "channel_tokens", False) for layer in self.encoder.mamba_layers)
         self.mamba_layer = MambaLayer(widths[-1], mixer=mixer) if placement == "bot" else nn.Identity()
-        self.decoder = Decoder(
+        self.decoder = _decoder(
             spatial_dims, features_per_stage, kernels, steps, decoder_depths, out_channels, deep_supervision
         )
         init_residual_unet_(self)
@@ -223,17 +218,7 @@ class UMamba(nn.Module):
         return self.decoder([*skips[:-1], self.mamba_layer(skips[-1])])
 
 
-def _check_plan(
-    spatial_dims: int, n: int, kernel_sizes: Sequence[Any], strides: Sequence[Any], placement: str,
-    patch_size: Optional[Sequence[int]],
-) -> None:  # fmt: skip
-    if spatial_dims not in CONVS:
-        raise ValueError(f"U-Mamba: spatial_dims must be 2 or 3, not {spatial_dims}")
-    if n < 2 or len(kernel_sizes) != n or len(strides) != n:
-        raise ValueError(
-            f"U-Mamba: features_per_stage, kernel_sizes and strides must be of one length, at least 2; they are of "
-            f"{n}, {len(kernel_sizes)} and {len(strides)}"
-        )
+def _check_placement(spatial_dims: int, placement: str, patch_size: Optional[Sequence[int]]) -> None:
     if placement not in ("bot", "enc"):
         raise ValueError(f"U-Mamba: placement must be 'bot' or 'enc', not {placement!r}")
     if placement == "enc" and (patch_size is None or len(patch_size) != spatial_dims):
@@ -242,10 +227,7 @@ def _check_plan(
 
 def _depths(blocks: Union[int, Sequence[int]], stages: int, whole: int) -> List[int]:
     """Blocks of each stage; from stage `whole` on there is one, whatever was asked for."""
-    asked = [blocks] * stages if isinstance(blocks, int) else list(blocks)
-    if len(asked) != stages:
-        raise ValueError(f"U-Mamba: {stages} stages need as many numbers of blocks, not {len(asked)}")
-    return asked[:whole] + [1] * (stages - whole)
+    return blocks_per_stage("U-Mamba", blocks, stages)[:whole] + [1] * (stages - whole)
 
 
 def _mamba_layers(
@@ -265,17 +247,9 @@ def _mamba_layers(
     return layers
 
 
-# The official classes refer to the encoder twice and to the parts of each convolution block twice.
-_COPIES = (
-    (r"^decoder\.encoder\.", "encoder."),
-    (r"\.all_modules\.0\.", ".conv."),
-    (r"\.all_modules\.1\.", ".norm."),
-)
-
-
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Official keys, every tensor once; ours pass unchanged."""
-    return one_copy(state_dict, _COPIES)
+    return one_copy(state_dict, NNUNET_COPIES)
 
 
 _UNDERSTOOD = {"conv_bias": (True,), "norm": ("instance(eps=1e-5, affine)",), "nonlin": ("LeakyReLU(0.01)",)}
@@ -308,29 +282,8 @@ _PLAN = "The authors published no plans: patch size, strides and kernels are rec
 _CHANNEL_TOKENS = "Stages with at most as many positions as channels take channels for tokens: patch_size is fixed."
 
 
-def _plan(patch_size: Sequence[int], features: Sequence[int], in_channels: int, out_channels: int) -> Dict[str, Any]:
-    """The plans of the paper: axes are halved from the second stage on, but for depth in the first and last of 3-D."""
-    n, dims = len(features), len(patch_size)
-    strides, kernels = [(1,) * dims] + [(2,) * dims] * (n - 1), [(3,) * dims] * n
-    if dims == 3:
-        strides[1] = strides[-1] = (1, 2, 2)
-        kernels[0] = (1, 3, 3)
-    return {
-        "spatial_dims": dims, "in_channels": in_channels, "out_channels": out_channels,
-        "features_per_stage": tuple(features), "kernel_sizes": kernels, "strides": strides,
-        "patch_size": tuple(patch_size),
-    }  # fmt: skip
-
-
-_FEATURES_3D = (32, 64, 128, 256, 320, 320)
-_FEATURES_2D = (32, 64, 128, 256, 512, 512, 512)
-_ABDOMEN_CT = _plan((40, 224, 192), _FEATURES_3D, 1, 14)
-_ABDOMEN_MR = _plan((48, 160, 224), _FEATURES_3D, 1, 14)
-_ABDOMEN_MR_2D = _plan((320, 320), _FEATURES_2D, 1, 14)
-_ENDOSCOPY = _plan((384, 640), _FEATURES_2D, 3, 8)
-_MICROSCOPY = _plan((512, 512), (*_FEATURES_2D, 512), 3, 3)
-_MICRO_2D = _plan((32, 48), (8, 16, 24), 1, 3)
-_MICRO_3D = _plan((8, 16, 16), (8, 16, 24, 32), 1, 3)
+_MICRO_2D = nnunet_plan((32, 48), (8, 16, 24), 1, 3)
+_MICRO_3D = nnunet_plan((8, 16, 16), (8, 16, 24, 32), 1, 3)
 
 
 def _cfg(placement: str, plan: Dict[str, Any], *results: Tuple[str, str]) -> NetworkCfg:
@@ -351,79 +304,79 @@ def _create(placement: str, plan: Dict[str, Any], kwargs: Dict[str, Any]) -> UMa
 
 
 @register_network(
-    _cfg("bot", _ABDOMEN_CT, ("AbdomenCT DSC", "0.8683±0.0808"), ("AbdomenCT NSD", "0.9049±0.0821*")), twin=True
+    _cfg("bot", ABDOMEN_CT, ("AbdomenCT DSC", "0.8683±0.0808"), ("AbdomenCT NSD", "0.9049±0.0821*")), twin=True
 )
 def umamba_bot_3d(**kwargs: Any) -> UMamba:
     """U-Mamba Bot as planned for AbdomenCT, 41.95M parameters."""
-    return _create("bot", _ABDOMEN_CT, kwargs)
+    return _create("bot", ABDOMEN_CT, kwargs)
 
 
 @register_network(
-    _cfg("enc", _ABDOMEN_CT, ("AbdomenCT DSC", "0.8638±0.0908*"), ("AbdomenCT NSD", "0.8980±0.0921*")), twin=True
+    _cfg("enc", ABDOMEN_CT, ("AbdomenCT DSC", "0.8638±0.0908*"), ("AbdomenCT NSD", "0.8980±0.0921*")), twin=True
 )
 def umamba_enc_3d(**kwargs: Any) -> UMamba:
     """U-Mamba Enc as planned for AbdomenCT, 42.84M parameters."""
-    return _create("enc", _ABDOMEN_CT, kwargs)
+    return _create("enc", ABDOMEN_CT, kwargs)
 
 
 @register_network(
-    _cfg("bot", _ABDOMEN_MR, ("AbdomenMR DSC", "0.8453±0.0673*"), ("AbdomenMR NSD", "0.9121±0.0634*")), twin=True
+    _cfg("bot", ABDOMEN_MR, ("AbdomenMR DSC", "0.8453±0.0673*"), ("AbdomenMR NSD", "0.9121±0.0634*")), twin=True
 )
 def umamba_bot_3d_abdomenmr(**kwargs: Any) -> UMamba:
     """U-Mamba Bot as planned for volumes of AbdomenMR, 41.95M parameters."""
-    return _create("bot", _ABDOMEN_MR, kwargs)
+    return _create("bot", ABDOMEN_MR, kwargs)
 
 
 @register_network(
-    _cfg("enc", _ABDOMEN_MR, ("AbdomenMR DSC", "0.8501±0.0732"), ("AbdomenMR NSD", "0.9171±0.0689*")), twin=True
+    _cfg("enc", ABDOMEN_MR, ("AbdomenMR DSC", "0.8501±0.0732"), ("AbdomenMR NSD", "0.9171±0.0689*")), twin=True
 )
 def umamba_enc_3d_abdomenmr(**kwargs: Any) -> UMamba:
     """U-Mamba Enc as planned for volumes of AbdomenMR, 42.84M parameters."""
-    return _create("enc", _ABDOMEN_MR, kwargs)
+    return _create("enc", ABDOMEN_MR, kwargs)
 
 
 @register_network(
-    _cfg("bot", _ABDOMEN_MR_2D, ("AbdomenMR DSC", "0.7588±0.1051*"), ("AbdomenMR NSD", "0.8285±0.1074*")), twin=True
+    _cfg("bot", ABDOMEN_MR_2D, ("AbdomenMR DSC", "0.7588±0.1051*"), ("AbdomenMR NSD", "0.8285±0.1074*")), twin=True
 )
 def umamba_bot_2d(**kwargs: Any) -> UMamba:
     """U-Mamba Bot as planned for slices of AbdomenMR, 47.53M parameters."""
-    return _create("bot", _ABDOMEN_MR_2D, kwargs)
+    return _create("bot", ABDOMEN_MR_2D, kwargs)
 
 
 @register_network(
-    _cfg("enc", _ABDOMEN_MR_2D, ("AbdomenMR DSC", "0.7625±0.1082"), ("AbdomenMR NSD", "0.8327±0.1087*")), twin=True
+    _cfg("enc", ABDOMEN_MR_2D, ("AbdomenMR DSC", "0.7625±0.1082"), ("AbdomenMR NSD", "0.8327±0.1087*")), twin=True
 )
 def umamba_enc_2d(**kwargs: Any) -> UMamba:
     """U-Mamba Enc as planned for slices of AbdomenMR, 47.02M parameters."""
-    return _create("enc", _ABDOMEN_MR_2D, kwargs)
+    return _create("enc", ABDOMEN_MR_2D, kwargs)
 
 
 @register_network(
-    _cfg("bot", _ENDOSCOPY, ("Endoscopy DSC", "0.6540±0.3008"), ("Endoscopy NSD", "0.6692±0.3050")), twin=True
+    _cfg("bot", ENDOSCOPY, ("Endoscopy DSC", "0.6540±0.3008"), ("Endoscopy NSD", "0.6692±0.3050")), twin=True
 )
 def umamba_bot_2d_endoscopy(**kwargs: Any) -> UMamba:
     """U-Mamba Bot as planned for Endoscopy, 47.52M parameters."""
-    return _create("bot", _ENDOSCOPY, kwargs)
+    return _create("bot", ENDOSCOPY, kwargs)
 
 
 @register_network(
-    _cfg("enc", _ENDOSCOPY, ("Endoscopy DSC", "0.6303±0.3067*"), ("Endoscopy NSD", "0.6451±0.3104*")), twin=True
+    _cfg("enc", ENDOSCOPY, ("Endoscopy DSC", "0.6303±0.3067*"), ("Endoscopy NSD", "0.6451±0.3104*")), twin=True
 )
 def umamba_enc_2d_endoscopy(**kwargs: Any) -> UMamba:
     """U-Mamba Enc as planned for Endoscopy, 47.68M parameters."""
-    return _create("enc", _ENDOSCOPY, kwargs)
+    return _create("enc", ENDOSCOPY, kwargs)
 
 
-@register_network(_cfg("bot", _MICROSCOPY, ("Microscopy F1", "0.5389±0.2817*")), twin=True)
+@register_network(_cfg("bot", MICROSCOPY, ("Microscopy F1", "0.5389±0.2817*")), twin=True)
 def umamba_bot_2d_microscopy(**kwargs: Any) -> UMamba:
     """U-Mamba Bot as planned for Microscopy, 64.80M parameters."""
-    return _create("bot", _MICROSCOPY, kwargs)
+    return _create("bot", MICROSCOPY, kwargs)
 
 
-@register_network(_cfg("enc", _MICROSCOPY, ("Microscopy F1", "0.5607±0.2784")), twin=True)
+@register_network(_cfg("enc", MICROSCOPY, ("Microscopy F1", "0.5607±0.2784")), twin=True)
 def umamba_enc_2d_microscopy(**kwargs: Any) -> UMamba:
     """U-Mamba Enc as planned for Microscopy, 64.01M parameters."""
-    return _create("enc", _MICROSCOPY, kwargs)
+    return _create("enc", MICROSCOPY, kwargs)
 
 
 @register_network(_cfg("bot", _MICRO_2D), twin=True)
