@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvision.layers import GatedConv
+from ssmvision.ops._library import no_autocast
 
 __all__ = [
     "CONVS",
@@ -83,7 +85,7 @@ def matching_twin(make: Callable[[], nn.Module], dim: int) -> GatedConv:
 
 def in_full_precision(mix: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
     """mix(x) in the precision of `weight`, even under autocast: in half precision what surrounds a scan overflows."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return mix(x.to(weight.dtype))
 
 
@@ -199,6 +201,28 @@ class Decoder(nn.Module):
         return outputs[::-1] if self.deep_supervision else outputs[0]
 
 
+class PlannedNetwork(nn.Module):
+    """A network that nnU-Net plans: it knows its `in_channels` and can tell how much memory its maps need."""
+
+    in_channels: int
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Elements that all convolutions put out for one sample of `input_size`; nnU-Net's measure of memory."""
+        elements = 0
+
+        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            nonlocal elements
+            elements += output[0].numel()
+
+        network = copy.deepcopy(self).to("meta")
+        for module in network.modules():
+            if isinstance(module, (*CONVS.values(), *TRANSPOSED_CONVS.values())):
+                module.register_forward_hook(count)
+        with torch.no_grad():
+            network(torch.empty(1, self.in_channels, *input_size, device="meta"))
+        return elements
+
+
 # Networks of nnU-Net's making refer to their encoder twice, and to the parts of each convolution block.
 NNUNET_COPIES = (
     (r"^decoder\.encoder\.", "encoder."),
@@ -213,15 +237,15 @@ def one_copy(state_dict: Mapping[str, Tensor], copies: Iterable[tuple[str, str]]
     Args:
         state_dict: Official keys; what a class refers to twice is in it twice, or once in a file without duplicates.
         copies: (pattern, replacement) from the name of a copy to that of the original, applied in turn; where
-            both are there, the original is taken, otherwise the first of the copies.
+            both are there, the original is taken, otherwise the first of the copies by name.
     """
     kept: dict[str, Tensor] = {}
     spare: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
+    for key in sorted(state_dict):
         name = key
         for pattern, replacement in copies:
             name = re.sub(pattern, replacement, name)
-        (kept if name == key else spare).setdefault(name, value)
+        (kept if name == key else spare).setdefault(name, state_dict[key])
     return spare | kept
 
 

@@ -20,6 +20,7 @@ from ssmvision.segmentation._blocks import (
     TRANSPOSED_CONVS,
     ConvNormAct,
     Decoder,
+    PlannedNetwork,
     ResidualBlockD,
     blocks_per_stage,
     check_mixer,
@@ -156,7 +157,7 @@ def _stage(
     return nn.Sequential(ResidualBlockD(spatial_dims, in_channels, channels, kernel, stride), *further)
 
 
-class LKMUNet(nn.Module):
+class LKMUNet(PlannedNetwork):
     """LKM-UNet (figure 1 of the paper, sizes of the official code).
 
     Logits (b, out_channels, *size) for inputs (b, in_channels, *size); with deep supervision a list of logits, the

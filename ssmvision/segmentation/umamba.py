@@ -17,6 +17,7 @@ from ssmvision.segmentation._blocks import (
     CONVS,
     NNUNET_COPIES,
     Decoder,
+    PlannedNetwork,
     ResidualBlockD,
     blocks_per_stage,
     check_mixer,
@@ -141,7 +142,7 @@ def _decoder(
     return decoder
 
 
-class UMamba(nn.Module):
+class UMamba(PlannedNetwork):
     """U-Mamba (figure 1 of the paper, sizes of the official code).
 
     Logits (b, out_channels, *size) for inputs (b, in_channels, *size); with deep supervision a list of logits, the
