@@ -305,10 +305,10 @@ def nnmamba_cls(**kwargs: Any) -> NNMambaClassifier:
 @register_network(replace(_SEG, by_hand="", input_size=(1, 16, 16, 32), results=()), twin=True)
 def test_nnmamba_seg(**kwargs: Any) -> NNMambaSegmenter:
     """A micro network for tests."""
-    return NNMambaSegmenter(**{"out_channels": 3, "channels": 8, "blocks": 2, "reduction": 4, **kwargs})
+    return NNMambaSegmenter(**{"out_channels": 3, "channels": 6, "blocks": 2, "reduction": 3, **kwargs})
 
 
 @register_network(replace(_CLS, by_hand="", input_size=(1, 16, 16, 32), results=()), twin=True)
 def test_nnmamba_cls(**kwargs: Any) -> NNMambaClassifier:
     """A micro network for tests."""
-    return NNMambaClassifier(**{"channels": 8, "blocks": 1, **kwargs})
+    return NNMambaClassifier(**{"channels": 6, "blocks": 1, **kwargs})

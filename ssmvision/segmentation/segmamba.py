@@ -178,7 +178,7 @@ class SegMamba(nn.Module):
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Official keys → ours; ours pass unchanged."""
-    return {rename(key, UNETR_RENAMES): value for key, value in state_dict.items()}
+    return {key if key.startswith("vit.") else rename(key, UNETR_RENAMES): value for key, value in state_dict.items()}
 
 
 def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
@@ -229,6 +229,6 @@ def segmamba(**kwargs: Any) -> SegMamba:
 def test_segmamba(**kwargs: Any) -> SegMamba:
     """A micro network for tests."""
     return _create(
-        kwargs, in_channels=1, out_channels=3, depths=(1, 1, 1, 1), feat_size=(8, 8, 16, 16), hidden_size=16,
+        kwargs, in_channels=1, out_channels=3, depths=(1, 1, 1, 1), feat_size=(8, 8, 12, 12), hidden_size=12,
         nslices=(8, 4, 2, 1),
     )  # fmt: skip

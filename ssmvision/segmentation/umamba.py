@@ -284,7 +284,7 @@ _CHANNEL_TOKENS = "Stages with at most as many positions as channels take channe
 
 
 _MICRO_2D = nnunet_plan((32, 48), (8, 16, 24), 1, 3)
-_MICRO_3D = nnunet_plan((8, 16, 16), (8, 16, 24, 32), 1, 3)
+_MICRO_3D = nnunet_plan((8, 16, 16), (8, 12, 20, 20), 1, 3)
 
 
 def _cfg(placement: str, plan: Dict[str, Any], *results: Tuple[str, str]) -> NetworkCfg:
