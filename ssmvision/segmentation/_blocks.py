@@ -137,13 +137,14 @@ class ResidualBlockD(nn.Module):
     """Residual block of nnU-Net with the shortcut of ResNet-D: average pooling, then a normed 1x1 convolution."""
 
     def __init__(
-        self, spatial_dims: int, in_channels: int, channels: int, kernel_size: Sequence[int], stride: Sequence[int] = ()
-    ) -> None:
+        self, spatial_dims: int, in_channels: int, channels: int, kernel_size: Sequence[int],
+        stride: Sequence[int] = (), bias: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         stride = tuple(stride) or (1,) * spatial_dims
         one = (1,) * spatial_dims
-        self.conv1 = ConvNormAct(spatial_dims, in_channels, channels, kernel_size, stride)
-        self.conv2: Any = ConvNormAct(spatial_dims, channels, channels, kernel_size, act=False)
+        self.conv1 = ConvNormAct(spatial_dims, in_channels, channels, kernel_size, stride, bias)
+        self.conv2: Any = ConvNormAct(spatial_dims, channels, channels, kernel_size, bias=bias, act=False)
         skip: list[nn.Module] = [] if stride == one else [_POOLS[spatial_dims](stride, stride)]
         if in_channels != channels:
             skip.append(ConvNormAct(spatial_dims, in_channels, channels, one, bias=False, act=False))

@@ -126,13 +126,13 @@ class Encoder(nn.Module):
 
     def __init__(
         self, spatial_dims: int, in_channels: int, features: Sequence[int], kernels: Sequence[Tuple[int, ...]],
-        strides: Sequence[Tuple[int, ...]], depths: Sequence[int], mixer: str,
+        strides: Sequence[Tuple[int, ...]], depths: Sequence[int], bias: bool, mixer: str,
     ) -> None:  # fmt: skip
         super().__init__()
         n, widths = len(features), [features[0], *features]
-        self.stem = ConvNormAct(spatial_dims, in_channels, features[0], kernels[0])
+        self.stem = ConvNormAct(spatial_dims, in_channels, features[0], kernels[0], bias=bias)
         self.stages = nn.ModuleList(
-            _stage(spatial_dims, widths[i], widths[i + 1], kernels[i], strides[i], depths[i]) for i in range(n)
+            _stage(spatial_dims, widths[i], widths[i + 1], kernels[i], strides[i], depths[i], bias) for i in range(n)
         )
         scales = [2 ** ((n - 1 - stage) // 2) for stage in range(n)]
         self.mamba_layers = nn.ModuleList(
@@ -151,10 +151,11 @@ class Encoder(nn.Module):
 
 
 def _stage(
-    spatial_dims: int, in_channels: int, channels: int, kernel: Sequence[int], stride: Sequence[int], blocks: int
-) -> nn.Sequential:
-    further = [ResidualBlockD(spatial_dims, channels, channels, kernel) for _ in range(blocks - 1)]
-    return nn.Sequential(ResidualBlockD(spatial_dims, in_channels, channels, kernel, stride), *further)
+    spatial_dims: int, in_channels: int, channels: int, kernel: Sequence[int], stride: Sequence[int], blocks: int,
+    bias: bool,
+) -> nn.Sequential:  # fmt: skip
+    further = [ResidualBlockD(spatial_dims, channels, channels, kernel, bias=bias) for _ in range(blocks - 1)]
+    return nn.Sequential(ResidualBlockD(spatial_dims, in_channels, channels, kernel, stride, bias), *further)
 
 
 class LKMUNet(PlannedNetwork):
@@ -172,6 +173,7 @@ class LKMUNet(PlannedNetwork):
         strides: Stride of each stage, likewise; the first is as a rule 1.
         n_conv_per_stage: Residual blocks of each encoder stage.
         n_conv_per_stage_decoder: The same of the decoder, coarsest stage first.
+        conv_bias: Give the convolutions of blocks, except shortcuts, and those that upsample a bias.
         deep_supervision: Return the logits of every decoder stage.
         mixer: "mamba", or "none" for gated convolutions of as many parameters in its place.
 
@@ -189,6 +191,7 @@ class LKMUNet(PlannedNetwork):
         strides: Sequence[Union[int, Sequence[int]]],
         n_conv_per_stage: Union[int, Sequence[int]] = 2,
         n_conv_per_stage_decoder: Union[int, Sequence[int]] = 2,
+        conv_bias: bool = True,
         deep_supervision: bool = False,
         mixer: str = "mamba",
     ) -> None:
@@ -201,14 +204,14 @@ class LKMUNet(PlannedNetwork):
         depths = blocks_per_stage("LKM-UNet", n_conv_per_stage, n)
         self.in_channels = in_channels
         self.divisors = [math.prod(axis) for axis in zip(*steps, strict=True)]
-        self.encoder = Encoder(spatial_dims, in_channels, features, kernels, steps, depths, mixer)
+        self.encoder = Encoder(spatial_dims, in_channels, features, kernels, steps, depths, conv_bias, mixer)
         self.decoder = Decoder(deep_supervision)
         depths = blocks_per_stage("LKM-UNet", n_conv_per_stage_decoder, n - 1)
         for below, blocks in zip(range(n - 1, 0, -1), depths, strict=True):
             channels, stride, kernel = features[below - 1], steps[below], kernels[below - 1]
             self.decoder.add_stage(
-                TRANSPOSED_CONVS[spatial_dims](features[below], channels, stride, stride),
-                _stage(spatial_dims, 2 * channels, channels, kernel, (1,) * spatial_dims, blocks),
+                TRANSPOSED_CONVS[spatial_dims](features[below], channels, stride, stride, bias=conv_bias),
+                _stage(spatial_dims, 2 * channels, channels, kernel, (1,) * spatial_dims, blocks, conv_bias),
                 CONVS[spatial_dims](channels, out_channels, 1),
             )
         init_residual_unet_(self)
@@ -234,7 +237,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     return {rename(key, _RENAMES): value for key, value in one_copy(state_dict, NNUNET_COPIES).items()}
 
 
-_UNDERSTOOD = {"conv_bias": (True,), "norm": ("instance(eps=1e-5, affine)",), "nonlin": ("LeakyReLU(0.01)",)}
+_UNDERSTOOD = {"norm": ("instance(eps=1e-5, affine)",), "nonlin": ("LeakyReLU(0.01)",)}
 
 
 def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
@@ -245,6 +248,7 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         spatial_dims=len(kwargs["kernel_sizes"][0]),
         in_channels=kwargs["input_channels"],
         out_channels=kwargs["num_classes"],
+        conv_bias=kwargs.get("conv_bias", True),
         deep_supervision=kwargs.get("deep_supervision", False),
         **{name: kwargs[name] for name in same},
     )
@@ -286,4 +290,6 @@ def lkm_unet_2d(**kwargs: Any) -> LKMUNet:
 @register_network(replace(_CFG, input_size=(1, 10, 28, 24)), twin=True)
 def test_lkm_unet(**kwargs: Any) -> LKMUNet:
     """A micro network for tests."""
-    return _create(nnunet_plan((10, 28, 24), (8, 16, 24), 1, 3), {"n_conv_per_stage": 1, **kwargs})
+    return _create(
+        nnunet_plan((10, 28, 24), (8, 16, 24), 1, 3), {"n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1, **kwargs}
+    )

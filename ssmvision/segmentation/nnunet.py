@@ -57,6 +57,7 @@ def _arguments(
     n_conv_per_stage_decoder: Sequence[int],
     n_conv_per_stage: Sequence[int] | None = None,
     n_blocks_per_stage: Sequence[int] | None = None,
+    conv_bias: bool = True,
     deep_supervision: bool = False,
     mixer: str = "mamba",
     **layers: Any,
@@ -75,7 +76,7 @@ def _arguments(
         "spatial_dims": dims[conv_op], "in_channels": input_channels, "out_channels": num_classes,
         "features_per_stage": features_per_stage, "kernel_sizes": kernel_sizes, "strides": strides,
         "n_conv_per_stage": blocks, "n_conv_per_stage_decoder": n_conv_per_stage_decoder,
-        "deep_supervision": deep_supervision, "mixer": mixer,
+        "conv_bias": conv_bias, "deep_supervision": deep_supervision, "mixer": mixer,
     }  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def _check_layers(layers: Mapping[str, Any], spatial_dims: int) -> None:
     norm, nonlin = f"InstanceNorm{spatial_dims}d", "LeakyReLU"
     given = {name: getattr(value, "__name__", value) for name, value in layers.items()}
     right = {
-        "conv_bias": (True,), "norm_op": (norm,), "norm_op_kwargs": ({"eps": 1e-5, "affine": True},),
+        "norm_op": (norm,), "norm_op_kwargs": ({"eps": 1e-5, "affine": True},),
         "dropout_op": (None,), "dropout_op_kwargs": (None, {}), "nonlin": (nonlin,),
         "nonlin_kwargs": (None, {}, {"inplace": True}, {"inplace": False}),
     }  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssmvision.layers import TriMamba
 from ssmvision.models._networks import NetworkCfg, register_network
-from ssmvision.models._official import OfficialModel, Tap, rename
+from ssmvision.models._official import OfficialModel, Tap, refuse_unpublished, rename
 from ssmvision.segmentation._blocks import (
     check_mixer,
     check_volume,
@@ -183,6 +183,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
 
 def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `SegMamba`; its head, made for 48 channels, takes any number here."""
+    refuse_unpublished("SegMamba", kwargs, {"norm_name": ("instance",), "res_block": (True,), "spatial_dims": (3,)})
     arguments = {"in_chans": "in_channels", "out_chans": "out_channels"}
     same = ("depths", "feat_size", "hidden_size")
     given = {name: kwargs[name] for name in same if name in kwargs}

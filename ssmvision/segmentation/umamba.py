@@ -64,9 +64,9 @@ class StrideBlock(nn.Module):
 
 
 def _stage(
-    spatial_dims: int, in_channels: int, channels: int, kernel_size: Sequence[int], stride: Any, blocks: int
+    spatial_dims: int, in_channels: int, channels: int, kernel_size: Sequence[int], stride: Any, blocks: int, bias: bool
 ) -> nn.Sequential:
-    further = [ResidualBlockD(spatial_dims, channels, channels, kernel_size) for _ in range(blocks - 1)]
+    further = [ResidualBlockD(spatial_dims, channels, channels, kernel_size, bias=bias) for _ in range(blocks - 1)]
     return nn.Sequential(StrideBlock(spatial_dims, in_channels, channels, kernel_size, stride), *further)
 
 
@@ -127,7 +127,7 @@ class Upsample(nn.Module):
 
 def _decoder(
     spatial_dims: int, features: Sequence[int], kernel_sizes: Sequence[Sequence[int]],
-    strides: Sequence[Sequence[int]], blocks: Sequence[int], out_channels: int, deep_supervision: bool,
+    strides: Sequence[Sequence[int]], blocks: Sequence[int], out_channels: int, deep_supervision: bool, bias: bool,
 ) -> Decoder:  # fmt: skip
     """The finest stage of two-dimensional networks takes no skip."""
     decoder = Decoder(deep_supervision)
@@ -135,7 +135,9 @@ def _decoder(
         channels, takes_skip = features[below - 1], spatial_dims == 3 or below > 1
         decoder.add_stage(
             Upsample(spatial_dims, features[below], channels, strides[below]),
-            _stage(spatial_dims, channels * (1 + takes_skip), channels, kernel_sizes[below - 1], 1, blocks[stage]),
+            _stage(
+                spatial_dims, channels * (1 + takes_skip), channels, kernel_sizes[below - 1], 1, blocks[stage], bias
+            ),
             CONVS[spatial_dims](channels, out_channels, 1),
             takes_skip,
         )
@@ -163,6 +165,7 @@ class UMamba(PlannedNetwork):
         placement: "bot", a Mamba layer at the bottleneck, or "enc", one after every encoder stage (of two-dimensional
             networks: after the last, the last but two, ...).
         patch_size: Size that the network is planned for; "enc" needs it.
+        conv_bias: Give the convolutions of all residual blocks but the first of a stage, which have one, a bias.
         deep_supervision: Return the logits of every decoder stage.
         mixer: "mamba", or "none" for gated convolutions of as many parameters in its place.
 
@@ -182,6 +185,7 @@ class UMamba(PlannedNetwork):
         n_conv_per_stage_decoder: Union[int, Sequence[int]] = 2,
         placement: str = "bot",
         patch_size: Optional[Sequence[int]] = None,
+        conv_bias: bool = True,
         deep_supervision: bool = False,
         mixer: str = "mamba",
     ) -> None:
@@ -198,15 +202,18 @@ class UMamba(PlannedNetwork):
         decoder_depths = _depths(n_conv_per_stage_decoder, n - 1, math.ceil((n - 1) / 2 + 0.5))
         widths = [features_per_stage[0], *features_per_stage]
         self.encoder = Encoder(
-            _stage(spatial_dims, in_channels, widths[0], kernels[0], 1, depths[0]),
-            [_stage(spatial_dims, widths[i], widths[i + 1], kernels[i], steps[i], depths[i]) for i in range(n)],
+            _stage(spatial_dims, in_channels, widths[0], kernels[0], 1, depths[0], conv_bias),
+            [
+                _stage(spatial_dims, widths[i], widths[i + 1], kernels[i], steps[i], depths[i], conv_bias)
+                for i in range(n)
+            ],
             _mamba_layers(features_per_stage, steps, patch_size, mixer) if placement == "enc" else
             [nn.Identity() for _ in range(n)],
         )  # fmt: skip
         self.fixed_size = any(getattr(layer, "channel_tokens", False) for layer in self.encoder.mamba_layers)
         self.mamba_layer = MambaLayer(widths[-1], mixer=mixer) if placement == "bot" else nn.Identity()
         self.decoder = _decoder(
-            spatial_dims, features_per_stage, kernels, steps, decoder_depths, out_channels, deep_supervision
+            spatial_dims, features_per_stage, kernels, steps, decoder_depths, out_channels, deep_supervision, conv_bias
         )
         init_residual_unet_(self)
 
@@ -253,7 +260,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     return one_copy(state_dict, NNUNET_COPIES)
 
 
-_UNDERSTOOD = {"conv_bias": (True,), "norm": ("instance(eps=1e-5, affine)",), "nonlin": ("LeakyReLU(0.01)",)}
+_UNDERSTOOD = {"norm": ("instance(eps=1e-5, affine)",), "nonlin": ("LeakyReLU(0.01)",)}
 
 
 def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
@@ -267,6 +274,7 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         in_channels=kwargs["input_channels"],
         out_channels=kwargs["num_classes"],
         placement=found[0],
+        conv_bias=kwargs.get("conv_bias", True),
         deep_supervision=kwargs.get("deep_supervision", False),
         **{name: kwargs[name] for name in ("patch_size", "features_per_stage", "kernel_sizes", "strides")},
         **{name: kwargs[name] for name in ("n_conv_per_stage", "n_conv_per_stage_decoder")},

@@ -51,7 +51,7 @@ def _build(name: str, deep_supervision: bool = True, **changed) -> nn.Module:
         ("umamba_bot", {}),
         ("umamba_bot", {"mixer": "none"}),
         ("umamba_enc", {"patch_size": PATCH}),
-        ("lkm_unet", {"n_blocks_per_stage": [1, 1, 1]}),
+        ("lkm_unet", {"n_blocks_per_stage": [1, 1, 1], "conv_bias": False}),
     ],
 )
 def test_one_step_with_deep_supervision_then_without(name, changed):
@@ -88,7 +88,6 @@ def test_memory_is_told_to_the_planner():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"conv_bias": False}, "made with conv_bias=True"),
         ({"norm_op": "torch.nn.modules.batchnorm.BatchNorm3d"}, "InstanceNorm3d"),
         ({"dropout_op": "torch.nn.Dropout3d"}, "dropout_op=None"),
         ({"conv_op": "torch.nn.modules.conv.Conv1d"}, "Conv2d or Conv3d"),
