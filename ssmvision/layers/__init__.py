@@ -26,6 +26,7 @@ from .spacetime import ClosedLoopSSM, CompanionSSM, ShiftSSM
 from .spatial_ssm import StructureAwareSSM
 from .ss2d import SS2D, AtrousSS2D, LocalSS2D, ScalarSS2D
 from .ssm2d import SSM2D
+from .trimamba import TriMamba
 
 __all__ = [
     "S4D",
@@ -71,4 +72,5 @@ __all__ = [
     "ScalarSS2D",
     "ShiftSSM",
     "StructureAwareSSM",
+    "TriMamba",
 ]

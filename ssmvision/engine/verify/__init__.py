@@ -16,6 +16,15 @@ from pathlib import Path
 from ssmvision.engine.verify.case import read_case
 from ssmvision.engine.verify.compare import Verification, compare
 
+from ssmvision.engine.verify.mamba_layers import CHECKS as MAMBA_LAYERS
+from ssmvision.engine.verify.networks import verify_network
+from ssmvision.engine.verify.operators import CHECKS as OPERATORS
+from ssmvision.engine.verify.s5 import CHECKS as S5
+from ssmvision.engine.verify.spacetime import CHECKS as SPACETIME
+from ssmvision.engine.verify.structured import CHECKS as STRUCTURED
+from ssmvision.engine.verify.video import CHECKS as VIDEO
+
+# What is no whole network, by family: what we compute and what the official code computed, tensors by name.
 CHECKS = {**OPERATORS, **STRUCTURED, **S5, **SPACETIME, **MAMBA_LAYERS, **VIDEO}
 
 __all__ = ["Verification", "verify_case"]

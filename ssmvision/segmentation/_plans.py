@@ -1,0 +1,39 @@
+"""Sizes that nnU-Net planned for the data sets of U-Mamba's paper, as its table gives them; no plans were published."""
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["ABDOMEN_CT", "ABDOMEN_MR", "ABDOMEN_MR_2D", "ENDOSCOPY", "MICROSCOPY", "nnunet_plan"]
+
+
+def nnunet_plan(
+    patch_size: Sequence[int], features: Sequence[int], in_channels: int, out_channels: int
+) -> dict[str, Any]:
+    """Arguments of a network that halves its axes in every stage but the first, depth neither in the second nor last.
+
+    Args:
+        patch_size: Size of the input per axis.
+        features: Channels of each stage.
+        in_channels: Input channels.
+        out_channels: Classes, the background included.
+    """
+    n, dims = len(features), len(patch_size)
+    strides, kernels = [(1,) * dims] + [(2,) * dims] * (n - 1), [(3,) * dims] * n
+    if dims == 3:
+        strides[1] = strides[-1] = (1, 2, 2)
+        kernels[0] = (1, 3, 3)
+    return {
+        "spatial_dims": dims, "in_channels": in_channels, "out_channels": out_channels,
+        "features_per_stage": tuple(features), "kernel_sizes": kernels, "strides": strides,
+        "patch_size": tuple(patch_size),
+    }  # fmt: skip
+
+
+_FEATURES_3D = (32, 64, 128, 256, 320, 320)
+_FEATURES_2D = (32, 64, 128, 256, 512, 512, 512)
+
+ABDOMEN_CT = nnunet_plan((40, 224, 192), _FEATURES_3D, 1, 14)
+ABDOMEN_MR = nnunet_plan((48, 160, 224), _FEATURES_3D, 1, 14)
+ABDOMEN_MR_2D = nnunet_plan((320, 320), _FEATURES_2D, 1, 14)
+ENDOSCOPY = nnunet_plan((384, 640), _FEATURES_2D, 3, 8)
+MICROSCOPY = nnunet_plan((512, 512), (*_FEATURES_2D, 512), 3, 3)
