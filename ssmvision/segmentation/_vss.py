@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ssmvision.layers import SS2D, GatedConv
 from ssmvision.layers.vss_block import VSSBlock
 
-__all__ = ["VSS_RENAMES", "PatchExpand", "VSSLayer", "drop_path_rates", "make_layer", "ss2d_or_twin"]
+__all__ = ["VSS_RENAMES", "PatchExpand", "VSSLayer", "drop_path_rates", "make_layer"]
 
 # Official key → ours, of blocks, and of the stem where it is VMamba's.
 VSS_RENAMES = (
@@ -20,21 +18,6 @@ VSS_RENAMES = (
     (r"\bpatch_embed\.proj\.", "patch_embed.conv1."),
     (r"\bpatch_embed\.norm\.", "patch_embed.norm1."),
 )
-
-
-def ss2d_or_twin(mixer: str, d_state: int = 16) -> Callable[..., nn.Module]:
-    """What builds the mixer of a block from its channels.
-
-    Args:
-        mixer: "ss2d", the gated scan of VMamba v0, or "none", a gated convolution of as many parameters.
-        d_state: Size of the state of the scans.
-    """
-    ss2d = partial(SS2D, d_state=d_state, conv_bias=True, gate=True)
-    if mixer == "ss2d":
-        return ss2d
-    if mixer != "none":
-        raise ValueError(f"mixer must be 'ss2d' or 'none', not {mixer!r}")
-    return lambda dim, **dd: GatedConv.matching(ss2d(dim, device="meta"), dim, 3, spatial_dims=2, **dd)
 
 
 def drop_path_rates(largest: float, depths: Sequence[int]) -> list[list[float]]:

@@ -17,9 +17,10 @@ from ssmvision.layers.vss_block import PatchMerging, PatchStem
 from ssmvision.models._init import init_linear
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, as_is, nhwc, refuse_unpublished, rename
+from ssmvision.segmentation._mixers import ss2d_or_twin
 from ssmvision.segmentation._shapes import check_input
 from ssmvision.segmentation._unetr import UNETR_RENAMES, ResBlock, UpBlock
-from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, drop_path_rates, make_layer, ss2d_or_twin
+from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, drop_path_rates, make_layer
 
 __all__ = ["SwinUMamba", "SwinUMambaD"]
 

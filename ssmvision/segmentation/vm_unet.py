@@ -19,6 +19,7 @@ from ssmvision.layers.vss_block import PatchMerging, PatchStem
 from ssmvision.models._init import init_linear
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, nhwc, rename
+from ssmvision.segmentation._mixers import ss2d_or_twin
 from ssmvision.segmentation._shapes import check_input
 from ssmvision.segmentation._vss import (
     VSS_RENAMES,
@@ -26,7 +27,6 @@ from ssmvision.segmentation._vss import (
     VSSLayer,
     drop_path_rates,
     make_layer,
-    ss2d_or_twin,
 )
 
 __all__ = ["VMUNet", "VMUNetV2"]
