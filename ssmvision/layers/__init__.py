@@ -11,6 +11,7 @@ from .mambavision_mixer import MambaVisionMixer
 from .noncausal_ssd import NonCausalSSD
 from .spatial_ssm import StructureAwareSSM
 from .ss2d import SS2D, AtrousSS2D, LocalSS2D, ScalarSS2D
+from .trimamba import TriMamba
 
 __all__ = [
     "SS2D",
@@ -28,4 +29,5 @@ __all__ = [
     "NonCausalSSD",
     "ScalarSS2D",
     "StructureAwareSSM",
+    "TriMamba",
 ]

@@ -1,6 +1,6 @@
 """The bidirectional Mamba mixer of Vim (arXiv:2401.09417, algorithm 1)."""
 
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -72,28 +72,35 @@ class BiMamba(nn.Module):
         init_dt_(self.dt_proj.weight, self.dt_proj.bias)
         nn.init.zeros_(self.dt_proj_b.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, l, dim) → (b, l, dim)."""
-        routes = bidirectional_routes(x)
-        u = F.linear(x, self.in_proj.weight[: self.d_inner])
-        u = causal_conv1d(
-            u.transpose(1, 2),
+    def routes(self, x: Tensor) -> Tensor:
+        """The routes of the branches over the tokens of x (b, l, dim): (k, l)."""
+        return bidirectional_routes(x)
+
+    def branches(self) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Weights of the k branches: convolution and its bias, x_proj, dt_proj and its bias, A_log, D; (k, ...)."""
+        return (
             torch.stack([self.conv1d.weight, self.conv1d_b.weight]).squeeze(2),
             _stack(self.conv1d.bias, self.conv1d_b.bias),
-            silu=True,
-            routes=routes,
-        )  # (b, 2, d, l)
-        x_proj = torch.stack([self.x_proj.weight, self.x_proj_b.weight])
+            torch.stack([self.x_proj.weight, self.x_proj_b.weight]),
+            torch.stack([self.dt_proj.weight, self.dt_proj_b.weight]),
+            _stack(self.dt_proj.bias, self.dt_proj_b.bias),
+            torch.stack([self.A_log, self.A_b_log]),
+            torch.stack([self.D, self.D_b]),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, dim) → (b, l, dim)."""
+        routes = self.routes(x)
+        conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = self.branches()
+        u = F.linear(x, self.in_proj.weight[: self.d_inner])
+        u = causal_conv1d(u.transpose(1, 2), conv, conv_bias, silu=True, routes=routes)  # (b, k, d, l)
         delta, b, c = (
             torch.matmul(u.transpose(2, 3), x_proj.transpose(1, 2))
             .transpose(2, 3)
             .split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        )  # (b, 2, r | n | n, l)
+        )  # (b, k, r | n | n, l)
         y, _ = selective_scan(
-            u, delta, state_matrix(torch.stack([self.A_log, self.A_b_log])), b, c,
-            D=torch.stack([self.D, self.D_b]),
-            delta_bias=_stack(self.dt_proj.bias, self.dt_proj_b.bias), delta_softplus=True,
-            dt_proj=torch.stack([self.dt_proj.weight, self.dt_proj_b.weight]),
+            u, delta, state_matrix(A_log), b, c, D=D, delta_bias=dt_bias, delta_softplus=True, dt_proj=dt_proj,
             routes=routes,
         )  # fmt: skip
         del u, delta, b, c

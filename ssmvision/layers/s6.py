@@ -114,3 +114,9 @@ def crop_tokens(x: Tensor, tokens: int) -> Tensor:
 def _for_all_sizes() -> bool:
     """Whether a program is being made that cannot ask whether there is padding."""
     return False if torch.jit.is_scripting() else torch.compiler.is_compiling()
+
+
+@register_notrace_function
+def inter_slice_route(x: Tensor, nslices: int) -> Tensor:
+    """The route of SegMamba's third branch over x (b, l, c): (1, l)."""
+    return routes.raster([nslices, x.shape[1] // nslices], [1, 0], x.device)[None]
