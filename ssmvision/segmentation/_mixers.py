@@ -10,33 +10,32 @@ from torch import nn
 
 from ssmvision.layers import SS2D, GatedConv, Mamba
 
-__all__ = ["mamba_or_twin", "ss2d_or_twin"]
+__all__ = ["mamba_or_twin", "mixer_or_twin", "ss2d_or_twin"]
 
 
 def ss2d_or_twin(mixer: str, d_state: int = 16) -> Callable[..., nn.Module]:
-    """What builds the mixer of maps (b, h, w, dim) from their channels.
-
-    Args:
-        mixer: "ss2d", the gated scan of VMamba v0, or "none", a gated convolution of as many parameters.
-        d_state: Size of the state of the scans.
-    """
-    ss2d = partial(SS2D, d_state=d_state, conv_bias=True, gate=True)
-    return _or_twin(mixer, "ss2d", ss2d, d_conv=3, spatial_dims=2)
+    """`mixer_or_twin` of maps (b, h, w, dim): "ss2d" is the gated scan of VMamba v0."""
+    return mixer_or_twin(mixer, "ss2d", SS2D, d_state=d_state, conv_bias=True, gate=True)
 
 
 def mamba_or_twin(mixer: str, d_state: int = 16) -> Callable[..., nn.Module]:
-    """What builds the mixer of tokens (b, l, dim) from their channels.
+    """`mixer_or_twin` of tokens (b, l, dim)."""
+    return mixer_or_twin(mixer, "mamba", Mamba, d_state=d_state)
+
+
+def mixer_or_twin(mixer: str, name: str, scan: type[nn.Module], **kwargs: Any) -> Callable[..., nn.Module]:
+    """What builds the mixer of a block from its channels.
 
     Args:
-        mixer: "mamba", or "none", a gated convolution of as many parameters.
-        d_state: Size of the state of the scans.
+        mixer: `name`, or "none" for a gated convolution of as many parameters.
+        name: What the scan is called.
+        scan: The layer that scans.
+        **kwargs: Its arguments after the channels.
     """
-    return _or_twin(mixer, "mamba", partial(Mamba, d_state=d_state), d_conv=4, spatial_dims=1)
-
-
-def _or_twin(mixer: str, name: str, scan: Callable[..., nn.Module], **conv: Any) -> Callable[..., nn.Module]:
+    make = partial(scan, **kwargs)
     if mixer == name:
-        return scan
+        return make
     if mixer != "none":
         raise ValueError(f"mixer must be {name!r} or 'none', not {mixer!r}")
-    return lambda dim, **dd: GatedConv.matching(scan(dim, device="meta"), dim, **conv, **dd)
+    conv = {"d_conv": 3, "spatial_dims": 2} if scan is SS2D else {"d_conv": 4, "spatial_dims": 1}
+    return lambda dim, **dd: GatedConv.matching(make(dim, device="meta"), dim, **conv, **dd)
