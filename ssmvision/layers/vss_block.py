@@ -11,9 +11,7 @@ from torch import Tensor, nn
 class PatchStem(nn.Sequential):
     """Non-overlapping square patches, of 4 pixels a side: (b, in_chans, h, w) → (b, dim, h/4, w/4)."""
 
-    def __init__(
-        self, in_chans: int, dim: int, patch_size: int = 4, device: Any = None, dtype: Any = None
-    ) -> None:
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, device: Any = None, dtype: Any = None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)

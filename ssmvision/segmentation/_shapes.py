@@ -17,7 +17,9 @@ def check_input(network: str, x: Tensor, channels: tuple[int, ...], spatial_dims
     """
     shape = tuple(x.shape)
     if len(shape) != 2 + spatial_dims:
-        raise ValueError(f"{network} takes (batch, channels, {'depth, ' * (spatial_dims - 2)}height, width), not {shape}")
+        raise ValueError(
+            f"{network} takes (batch, channels, {'depth, ' * (spatial_dims - 2)}height, width), not {shape}"
+        )
     if shape[1] not in channels:
         raise ValueError(f"{network} was built for {' or '.join(map(str, channels))} input channels, not {shape[1]}")
     if any(side % multiple or not side for side in shape[2:]):

@@ -45,9 +45,7 @@ class VSSEncoder(nn.Module):
         rates = drop_path_rates(drop_path_rate, depths)
         self.patch_embed = PatchStem(in_channels, dims[0], patch_size)
         self.layers = nn.ModuleList(make_layer(dim, rate, make) for dim, rate in zip(dims, rates, strict=True))
-        self.downsamples = nn.ModuleList(
-            PatchMerging(dim, wider) for dim, wider in zip(dims, dims[1:], strict=False)
-        )
+        self.downsamples = nn.ModuleList(PatchMerging(dim, wider) for dim, wider in zip(dims, dims[1:], strict=False))
         named_apply(init_linear, self)
 
     def forward(self, x: Tensor) -> list[Tensor]:

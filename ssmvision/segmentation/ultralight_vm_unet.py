@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmvision.models._networks import NetworkCfg, register_network
-from ssmvision.models._official import OfficialModel, Tap, rename
-from ssmvision.segmentation._bridge import Bridge
+from ssmvision.models._official import OfficialModel, rename
 from ssmvision.segmentation._mixers import mamba_or_twin
-from ssmvision.segmentation._shapes import check_input
+from ssmvision.segmentation._six_stages import STAGE_RENAMES, SixStages, check_dims, stage_taps
 
 __all__ = ["UltraLightVMUNet"]
 
@@ -47,7 +45,7 @@ class PVMLayer(nn.Module):
         return self.proj(self.norm(mixed)).transpose(1, 2).reshape(B, -1, H, W)
 
 
-class UltraLightVMUNet(nn.Module):
+class UltraLightVMUNet(SixStages):
     """UltraLight VM-UNet: (b, in_channels, h, w) → logits (b, out_channels, h, w), for sides that are multiples of 32.
 
     Args:
@@ -72,62 +70,19 @@ class UltraLightVMUNet(nn.Module):
         mixer: str = "mamba",
         sigmoid: bool = False,
     ) -> None:
-        super().__init__()
-        if len(dims) != 6 or any(dim % _CHUNKS for dim in dims):
-            raise ValueError(f"UltraLight VM-UNet has six dims, multiples of {_CHUNKS}, not {tuple(dims)}")
-        self.in_channels, self.sigmoid = in_channels, sigmoid
+        check_dims("UltraLight VM-UNet", dims)
         make = mamba_or_twin(mixer, d_state)
-        wider = [in_channels, *dims]
-        self.encoders = nn.ModuleList(
-            nn.Conv2d(wider[i], dim, 3, padding=1) if i < 3 else PVMLayer(wider[i], dim, make)
-            for i, dim in enumerate(dims)
-        )
-        self.encoder_norms = nn.ModuleList(nn.GroupNorm(4, dim) for dim in dims[:-1])
-        self.scab = Bridge(dims[:-1], split_att) if bridge else None
-        self.decoders = nn.ModuleList(
-            PVMLayer(deep, dim, make) if i < 3 else nn.Conv2d(deep, dim, 3, padding=1)
-            for i, (deep, dim) in enumerate(zip(dims[:0:-1], dims[-2::-1], strict=True))
-        )
-        self.decoder_norms = nn.ModuleList(nn.GroupNorm(4, dim) for dim in dims[-2::-1])
-        self.final = nn.Conv2d(dims[0], out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, in_channels, h, w) → (b, out_channels, h, w)."""
-        check_input("UltraLight VM-UNet", x, (self.in_channels,), 2, 32)
-        return unet_of_six(self, x)
+        def stage(before: int, after: int, depth: int) -> nn.Module:
+            return PVMLayer(before, after, make) if depth > 2 else nn.Conv2d(before, after, 3, padding=1)
+
+        down = [stage(*widths, depth) for depth, widths in enumerate(zip([in_channels, *dims], dims, strict=False))]
+        up = [stage(dims[depth], dims[depth - 1], depth) for depth in range(5, 0, -1)]
+        super().__init__("UltraLight VM-UNet", in_channels, out_channels, dims, down, up, split_att, bridge, sigmoid)
 
 
-def unet_of_six(network: Any, x: Tensor) -> Tensor:
-    """Five poolings, the deepest stage, and back up over weighted skips, with what `network` holds."""
-    skips: list[Tensor] = []
-    for encoder, norm in zip(network.encoders, network.encoder_norms, strict=False):
-        x = F.gelu(F.max_pool2d(norm(encoder(x)), 2))
-        skips.append(x)
-    x = F.gelu(network.encoders[-1](x))
-    if network.scab is not None:
-        skips = network.scab(skips)
-    for index, (decoder, norm) in enumerate(zip(network.decoders, network.decoder_norms, strict=True)):
-        x = norm(decoder(x))
-        if index:
-            x = _double(x)
-        x = F.gelu(x) + skips[-1 - index]
-    x = _double(network.final(x))
-    return x.sigmoid() if network.sigmoid else x
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
-
-
-# Official key → ours; the parts of a stage with one are in a container.
-RENAMES = (
-    (r"^encoder(\d)", lambda match: f"encoders.{int(match[1]) - 1}"),
-    (r"^decoder(\d)", lambda match: f"decoders.{int(match[1]) - 1}"),
-    (r"^ebn(\d)", lambda match: f"encoder_norms.{int(match[1]) - 1}"),
-    (r"^dbn(\d)", lambda match: f"decoder_norms.{int(match[1]) - 1}"),
-    (r"\.catt\.att(\d)", lambda match: f".catt.att.{int(match[1]) - 1}"),
-)
-_RENAMES = (*RENAMES, (r"^((?:en|de)coders\.\d)\.0\.", r"\1."))
+# Official key → ours; every stage is in a container of one.
+_RENAMES = (*STAGE_RENAMES, (r"^((?:en|de)coders\.\d)\.0\.", r"\1."))
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -145,14 +100,7 @@ def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialMod
         bridge=kwargs.get("bridge", True),
         sigmoid=True,
     )
-    return OfficialModel(model, taps)
-
-
-def taps(name: str) -> list[Tap]:
-    """Of an official stage, or of the bridge, which returns one tensor per level."""
-    if name != "scab":
-        return [Tap(rename(name, RENAMES))]
-    return [Tap("scab", lambda inputs, output, level=level: output[level]) for level in range(5)]  # type: ignore[misc]
+    return OfficialModel(model, stage_taps)
 
 
 def _cfg(**fields: Any) -> NetworkCfg:
