@@ -231,4 +231,5 @@ def h_vmunet(**kwargs: Any) -> HVMUNet:
 @register_network(_cfg(input_size=(3, 64, 64)), twin=True)
 def test_h_vmunet(**kwargs: Any) -> HVMUNet:
     """A tiny H-vmunet for tests."""
-    return HVMUNet(**({"dims": (4, 4, 8, 16, 32, 32), "depths": (1, 1, 1, 1), "d_state": 4} | kwargs))
+    args: dict[str, Any] = {"dims": (4, 4, 8, 16, 32, 32), "depths": (1, 1, 1, 1), "d_state": 4}
+    return HVMUNet(**(args | kwargs))

@@ -204,7 +204,8 @@ def _cfg(**fields: Any) -> NetworkCfg:
 )
 def lightm_unet_2d(**kwargs: Any) -> LightMUNet:
     """LightM-UNet for pictures as the official trainer builds it, 5.01M parameters."""
-    return LightMUNet(**({"spatial_dims": 2, "in_channels": 1, "out_channels": 2} | kwargs))
+    args: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
+    return LightMUNet(**(args | kwargs))
 
 
 @register_network(
@@ -212,13 +213,14 @@ def lightm_unet_2d(**kwargs: Any) -> LightMUNet:
 )
 def lightm_unet_3d(**kwargs: Any) -> LightMUNet:
     """LightM-UNet for volumes as the official trainer builds it, 5.02M parameters."""
-    return LightMUNet(**({"spatial_dims": 3, "in_channels": 1, "out_channels": 3} | kwargs))
+    args: dict[str, Any] = {"spatial_dims": 3, "in_channels": 1, "out_channels": 3}
+    return LightMUNet(**(args | kwargs))
 
 
 @register_network(_cfg(input_size=(1, 8, 8, 16)), twin=True)
 def test_lightm_unet(**kwargs: Any) -> LightMUNet:
     """A tiny LightM-UNet for tests, for volumes in the absence of other `spatial_dims`."""
-    args = {
+    args: dict[str, Any] = {
         "spatial_dims": 3, "in_channels": 1, "out_channels": 2, "init_filters": 8, "blocks_down": (1, 1, 1),
         "blocks_up": (1, 1), "d_state": 4,
     }  # fmt: skip

@@ -7,6 +7,7 @@ Official code (Apache-2.0): https://github.com/JiarunLiu/Swin-UMamba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class VSSEncoder(nn.Module):
         rates = drop_path_rates(drop_path_rate, depths)
         self.patch_embed = PatchStem(in_channels, dims[0], patch_size)
         self.layers = nn.ModuleList(make_layer(dim, rate, make) for dim, rate in zip(dims, rates, strict=True))
-        self.downsamples = nn.ModuleList(PatchMerging(dim, wider) for dim, wider in zip(dims, dims[1:], strict=False))
+        self.downsamples = nn.ModuleList(PatchMerging(dim, wider) for dim, wider in pairwise(dims))
         named_apply(init_linear, self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -259,7 +260,7 @@ def _cfg(results: tuple[tuple[str, str], ...] = (), **fields: Any) -> NetworkCfg
     return NetworkCfg(**(common | fields))
 
 
-_SIZE = {"in_channels": 1, "out_channels": 14}  # AbdomenMR, in the absence of others
+_SIZE: dict[str, Any] = {"in_channels": 1, "out_channels": 14}  # AbdomenMR, in the absence of others
 
 
 @register_network(
@@ -286,7 +287,7 @@ def swin_umamba_d(**kwargs: Any) -> SwinUMambaD:
     return SwinUMambaD(**(_SIZE | kwargs))
 
 
-_TEST = {"in_channels": 1, "out_channels": 2, "depths": (1, 1, 1, 1), "d_state": 4}
+_TEST: dict[str, Any] = {"in_channels": 1, "out_channels": 2, "depths": (1, 1, 1, 1), "d_state": 4}
 
 
 @register_network(_cfg(input_size=(1, 64, 64), by_hand=""), twin=True)

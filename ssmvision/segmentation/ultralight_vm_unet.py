@@ -133,4 +133,5 @@ def ultralight_vm_unet(**kwargs: Any) -> UltraLightVMUNet:
 @register_network(_cfg(input_size=(3, 64, 64)), twin=True)
 def test_ultralight_vm_unet(**kwargs: Any) -> UltraLightVMUNet:
     """A tiny UltraLight VM-UNet for tests."""
-    return UltraLightVMUNet(**({"dims": (4, 8, 8, 16, 16, 16), "d_state": 4} | kwargs))
+    args: dict[str, Any] = {"dims": (4, 8, 8, 16, 16, 16), "d_state": 4}
+    return UltraLightVMUNet(**(args | kwargs))

@@ -330,7 +330,7 @@ def vivim_b3(**kwargs: Any) -> Vivim:
 @register_network(_CFG, twin=True)
 def test_vivim(**kwargs: Any) -> Vivim:
     """A tiny Vivim for tests."""
-    args = {
+    args: dict[str, Any] = {
         "dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "heads": (1, 1, 2, 2), "clip_depths": (1, 1, 1, 1),
         "decoder_dim": 16, "unused_labels": 0, "d_state": 4,
     }  # fmt: skip

@@ -8,6 +8,7 @@ Official code (Apache-2.0): https://github.com/JCruan519/VM-UNet and https://git
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def _encoder_layers(
     if len(dims) != len(depths):
         raise ValueError(f"dims and depths must have one entry per stage, not {dims} and {depths}")
     make = ss2d_or_twin(mixer, d_state)
-    after = [PatchMerging(dim, wider) for dim, wider in zip(dims, dims[1:], strict=False)]
+    after = [PatchMerging(dim, wider) for dim, wider in pairwise(dims)]
     rates = drop_path_rates(drop_path_rate, depths)
     return [
         make_layer(dim, rate, make, downsample=merging)
@@ -163,7 +164,7 @@ class ProductFusion(nn.Module):
 
 def _resize(x: Tensor, size: torch.Size) -> Tensor:
     if x.shape[2] > size[0]:
-        return F.adaptive_avg_pool2d(x, size)
+        return F.adaptive_avg_pool2d(x, (size[0], size[1]))
     if x.shape[2] < size[0]:
         return F.interpolate(x, size, mode="bilinear", align_corners=True)
     return x
@@ -338,7 +339,8 @@ def vm_unet(**kwargs: Any) -> VMUNet:
 )
 def vm_unet_d2292(**kwargs: Any) -> VMUNet:
     """VM-UNet with the official class's own defaults, 2-2-9-2 blocks down and 2-9-2-2 up, 44.3M parameters."""
-    return VMUNet(**({"depths": (2, 2, 9, 2), "decoder_depths": (2, 9, 2, 2)} | kwargs))
+    args: dict[str, Any] = {"depths": (2, 2, 9, 2), "decoder_depths": (2, 9, 2, 2)}
+    return VMUNet(**(args | kwargs))
 
 
 @register_network(
@@ -353,8 +355,8 @@ def vm_unet_d2292(**kwargs: Any) -> VMUNet:
         caveats=(
             _FROM_MEMORY,
             f"mIoU and DSC of the ISIC sets are {_METRIC}.",
-            "Published checkpoints hold a fourth stage, two heads and a deconvolution that nothing reads; they count as "
-            "parameters but take no gradients.",
+            "Published checkpoints hold a fourth stage, two heads and a deconvolution that nothing reads; they count "
+            "as parameters but take no gradients.",
         ),
     ),
     twin=True,
@@ -367,11 +369,17 @@ def vm_unet_v2(**kwargs: Any) -> VMUNetV2:
 @register_network(_cfg(input_size=(3, 64, 64)), twin=True)
 def test_vm_unet(**kwargs: Any) -> VMUNet:
     """A tiny VM-UNet for tests."""
-    args = {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "decoder_depths": (1, 1, 1, 1), "d_state": 4}
+    args: dict[str, Any] = {
+        "dims": (8, 16, 32, 64),
+        "depths": (1, 1, 1, 1),
+        "decoder_depths": (1, 1, 1, 1),
+        "d_state": 4,
+    }
     return VMUNet(**(args | kwargs))
 
 
 @register_network(_cfg(input_size=(3, 64, 64)), twin=True)
 def test_vm_unet_v2(**kwargs: Any) -> VMUNetV2:
     """A tiny VM-UNetV2 for tests."""
-    return VMUNetV2(**({"mid_channel": 8, "depths": (1, 1, 1, 1), "d_state": 4} | kwargs))
+    args: dict[str, Any] = {"mid_channel": 8, "depths": (1, 1, 1, 1), "d_state": 4}
+    return VMUNetV2(**(args | kwargs))
