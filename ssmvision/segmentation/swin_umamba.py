@@ -93,9 +93,8 @@ class SwinUMamba(nn.Module):
         below = [features[-1], *features[::-1]]
         self.decoders = nn.ModuleList(UpBlock(2, deep, out) for deep, out in zip(below, features[::-1], strict=False))
         self.last = ResBlock(2, features[0], features[0])
-        self.out_layers = nn.ModuleList(
-            nn.Conv2d(dim, out_channels, 1) for dim in features[: -1 if deep_supervision else 1]
-        )
+        self.out_layers = nn.ModuleList(nn.Conv2d(dim, out_channels, 1) for dim in features[:-1])
+        self.deep_supervision = deep_supervision
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, in_channels, h, w) → (b, out_channels, h, w), or a list with `deep_supervision`."""
@@ -107,8 +106,14 @@ class SwinUMamba(nn.Module):
         for decoder, skip in zip(self.decoders, skips[::-1], strict=True):
             decoded.append(decoder(decoded[-1], skip))
         decoded[-1] = self.last(decoded[-1])
-        logits = [head(features) for head, features in zip(self.out_layers, decoded[::-1], strict=False)]
-        return logits if len(logits) > 1 else logits[0]
+        heads = list(zip(self.out_layers, decoded[::-1], strict=False))
+        return _predict(heads, self.deep_supervision)
+
+
+def _predict(heads: Sequence[tuple[nn.Module, Tensor]], deep_supervision: bool) -> Tensor | list[Tensor]:
+    """The logits of the first head, or of all; as officially, the others exist even where nothing supervises them."""
+    logits = [head(features) for head, features in heads[: None if deep_supervision else 1]]
+    return logits if deep_supervision else logits[0]
 
 
 class VSSDecoder(nn.Module):
@@ -124,12 +129,12 @@ class VSSDecoder(nn.Module):
         self.expand_layers.append(PatchExpand(dims[-1], dims[-1], 4))
         self.concat_back_dim = nn.ModuleList(nn.Linear(2 * dim, dim) for dim in dims)
         self.stages = nn.ModuleList(make_layer(dim, [0.0, 0.0], make) for dim in dims)
-        heads = [*dims, dims[-1]] if deep_supervision else dims[-1:]
         named_apply(init_linear, self)
-        self.seg_layers = nn.ModuleList(nn.Conv2d(dim, out_channels, 1) for dim in heads)
+        self.seg_layers = nn.ModuleList(nn.Conv2d(dim, out_channels, 1) for dim in [*dims, dims[-1]])
+        self.deep_supervision = deep_supervision
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps of every stage, finest first → logits of the heads, finest first."""
+    def forward(self, maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Maps of every stage, finest first → logits, or with `deep_supervision` a list of them, finest first."""
         x = maps[-1]
         decoded = []
         for index, skip in enumerate(maps[-2::-1]):
@@ -137,7 +142,8 @@ class VSSDecoder(nn.Module):
             x = self.stages[index](self.concat_back_dim[index](x).permute(0, 3, 1, 2))
             decoded.append(x)
         decoded.append(self.expand_layers[-1](x))
-        return [head(features) for head, features in zip(self.seg_layers[::-1], decoded[::-1], strict=False)]
+        heads = list(zip(self.seg_layers, decoded, strict=True))[::-1]
+        return _predict(heads, self.deep_supervision)
 
 
 class SwinUMambaD(nn.Module):
@@ -174,8 +180,7 @@ class SwinUMambaD(nn.Module):
         """(b, in_channels, h, w) → (b, out_channels, h, w), or a list with `deep_supervision`."""
         stages = len(self.vssm_encoder.layers)
         check_input("Swin-UMamba-D", x, (self.in_channels,), 2, 4 * 2 ** (stages - 1))
-        logits = self.decoder(self.vssm_encoder(x))
-        return logits if len(logits) > 1 else logits[0]
+        return self.decoder(self.vssm_encoder(x))
 
 
 # Official key → ours.
@@ -189,29 +194,8 @@ _RENAMES = (
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official keys → ours; ours pass unchanged.
-
-    Official checkpoints hold the heads of deep supervision even where it was off; a model without it leaves them out.
-    """
-    converted = {rename(key, _RENAMES): value for key, value in state_dict.items()}
-    if isinstance(model, SwinUMambaD):
-        return _heads(converted, "decoder.seg_layers", len(model.decoder.seg_layers), last=True)
-    return _heads(converted, "out_layers", len(model.out_layers) if isinstance(model, SwinUMamba) else 4, last=False)
-
-
-def _heads(state_dict: dict[str, Tensor], name: str, wanted: int, last: bool) -> dict[str, Tensor]:
-    """The weights with the first or last `wanted` heads only, counted from 0."""
-    present = {int(key.split(".")[-2]) for key in state_dict if key.startswith(f"{name}.")}
-    surplus = max(0, len(present) - wanted)
-    kept = {}
-    for key, value in state_dict.items():
-        if key.startswith(f"{name}."):
-            index = int(key.split(".")[-2]) - (surplus if last else 0)
-            if not 0 <= index < wanted:
-                continue
-            key = f"{name}.{index}.{key.rpartition('.')[2]}"
-        kept[key] = value
-    return kept
+    """Official keys → ours; ours pass unchanged."""
+    return {rename(key, _RENAMES): value for key, value in state_dict.items()}
 
 
 def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialModel:
@@ -246,57 +230,105 @@ def _demand(name: str, kwargs: Mapping[str, Any], value: Any) -> None:
 _WHERE = "the Google Drive folder linked in https://github.com/JiarunLiu/Swin-UMamba"
 
 
-def _cfg(results: tuple[tuple[str, str], ...] = (), **fields: Any) -> NetworkCfg:
-    common = {
-        "paper_name": "Swin-UMamba: Mamba-based UNet with ImageNet-based pretraining", "paper_ids": "arXiv:2402.03302",
-        "origin_url": "https://github.com/JiarunLiu/Swin-UMamba", "license": "Apache-2.0", "by_hand": _WHERE,
-        "input_size": (1, 320, 320), "results": results, "results_source": "https://arxiv.org/abs/2402.03302",
-        "caveats": (
+def _cfg(input_size: tuple[int, ...], results: tuple[tuple[str, str], ...] = (), by_hand: str = _WHERE) -> NetworkCfg:
+    return NetworkCfg(
+        paper_name="Swin-UMamba: Mamba-based UNet with ImageNet-based pretraining",
+        paper_ids="arXiv:2402.03302",
+        origin_url="https://github.com/JiarunLiu/Swin-UMamba",
+        license="Apache-2.0",
+        by_hand=by_hand,
+        input_size=input_size,
+        results=results,
+        results_source="https://arxiv.org/abs/2402.03302" if results else "",
+        caveats=(
             "The results are recalled from the paper, not re-read.",
             "They rest on an encoder trained on ImageNet; this one starts from random weights.",
-            "Official weights are of 1 channel and 14 classes (AbdomenMR), 3 and 8 (Endoscopy), 3 and 3 (Microscopy).",
         ),
-    }  # fmt: skip
-    return NetworkCfg(**(common | fields))
-
-
-_SIZE: dict[str, Any] = {"in_channels": 1, "out_channels": 14}  # AbdomenMR, in the absence of others
+    )
 
 
 @register_network(
-    _cfg((
-        ("AbdomenMR DSC", "0.7760*"), ("AbdomenMR NSD", "0.8421*"), ("Endoscopy DSC", "0.6767*"),
-        ("Endoscopy NSD", "0.6922*"), ("Microscopy F1", "0.5806*"),
-    )),
+    _cfg(
+        (1, 320, 320),
+        (
+            ("AbdomenMR DSC", "0.7760*"),
+            ("AbdomenMR NSD", "0.8421*"),
+        ),
+    ),
     twin=True,
-)  # fmt: skip
+)
 def swin_umamba(**kwargs: Any) -> SwinUMamba:
-    """Swin-UMamba, 59.9M parameters, for AbdomenMR (1 channel, 14 classes) in the absence of others."""
-    return SwinUMamba(**(_SIZE | kwargs))
+    """Swin-UMamba, 59.9M parameters, for AbdomenMR."""
+    return SwinUMamba(**({"in_channels": 1, "out_channels": 14} | kwargs))
 
 
 @register_network(
-    _cfg((
-        ("AbdomenMR DSC", "0.7705*"), ("AbdomenMR NSD", "0.8376*"), ("Endoscopy DSC", "0.6783*"),
-        ("Endoscopy NSD", "0.6933*"), ("Microscopy F1", "0.5935* (uncertain)"),
-    )),
+    _cfg(
+        (3, 384, 640),
+        (
+            ("Endoscopy DSC", "0.6767*"),
+            ("Endoscopy NSD", "0.6922*"),
+        ),
+    ),
     twin=True,
-)  # fmt: skip
+)
+def swin_umamba_endoscopy(**kwargs: Any) -> SwinUMamba:
+    """Swin-UMamba, 59.9M parameters, for Endoscopy."""
+    return SwinUMamba(**({"in_channels": 3, "out_channels": 8} | kwargs))
+
+
+@register_network(_cfg((3, 512, 512), (("Microscopy F1", "0.5806*"),)), twin=True)
+def swin_umamba_microscopy(**kwargs: Any) -> SwinUMamba:
+    """Swin-UMamba, 59.9M parameters, for Microscopy."""
+    return SwinUMamba(**({"in_channels": 3, "out_channels": 3} | kwargs))
+
+
+@register_network(
+    _cfg(
+        (1, 320, 320),
+        (
+            ("AbdomenMR DSC", "0.7705*"),
+            ("AbdomenMR NSD", "0.8376*"),
+        ),
+    ),
+    twin=True,
+)
 def swin_umamba_d(**kwargs: Any) -> SwinUMambaD:
-    """Swin-UMamba-D, 27.5M parameters, for AbdomenMR (1 channel, 14 classes) in the absence of others."""
-    return SwinUMambaD(**(_SIZE | kwargs))
+    """Swin-UMamba-D, 27.5M parameters, for AbdomenMR."""
+    return SwinUMambaD(**({"in_channels": 1, "out_channels": 14} | kwargs))
+
+
+@register_network(
+    _cfg(
+        (3, 384, 640),
+        (
+            ("Endoscopy DSC", "0.6783*"),
+            ("Endoscopy NSD", "0.6933*"),
+        ),
+    ),
+    twin=True,
+)
+def swin_umamba_d_endoscopy(**kwargs: Any) -> SwinUMambaD:
+    """Swin-UMamba-D, 27.5M parameters, for Endoscopy."""
+    return SwinUMambaD(**({"in_channels": 3, "out_channels": 8} | kwargs))
+
+
+@register_network(_cfg((3, 512, 512), (("Microscopy F1", "0.5935* (uncertain)"),)), twin=True)
+def swin_umamba_d_microscopy(**kwargs: Any) -> SwinUMambaD:
+    """Swin-UMamba-D, 27.5M parameters, for Microscopy."""
+    return SwinUMambaD(**({"in_channels": 3, "out_channels": 3} | kwargs))
 
 
 _TEST: dict[str, Any] = {"in_channels": 1, "out_channels": 2, "depths": (1, 1, 1, 1), "d_state": 4}
 
 
-@register_network(_cfg(input_size=(1, 64, 64), by_hand=""), twin=True)
+@register_network(_cfg((1, 64, 64), by_hand=""), twin=True)
 def test_swin_umamba(**kwargs: Any) -> SwinUMamba:
     """A tiny Swin-UMamba for tests."""
     return SwinUMamba(**(_TEST | {"features": (4, 8, 16, 32, 64)} | kwargs))
 
 
-@register_network(_cfg(input_size=(1, 64, 64), by_hand=""), twin=True)
+@register_network(_cfg((1, 64, 64), by_hand=""), twin=True)
 def test_swin_umamba_d(**kwargs: Any) -> SwinUMambaD:
     """A tiny Swin-UMamba-D for tests."""
     return SwinUMambaD(**(_TEST | {"dims": (8, 16, 32, 64)} | kwargs))
