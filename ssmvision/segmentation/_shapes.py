@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-__all__ = ["check_input"]
+__all__ = ["check_input", "check_spatial_dims"]
 
 
 def check_input(network: str, x: Tensor, channels: tuple[int, ...], spatial_dims: int, multiple: int) -> None:
@@ -24,3 +24,9 @@ def check_input(network: str, x: Tensor, channels: tuple[int, ...], spatial_dims
         raise ValueError(f"{network} was built for {' or '.join(map(str, channels))} input channels, not {shape[1]}")
     if any(side % multiple or not side for side in shape[2:]):
         raise ValueError(f"{network} needs sides that are multiples of {multiple}, not {shape[2:]}")
+
+
+def check_spatial_dims(network: str, given: int, wanted: int) -> None:
+    """Raise a ValueError where a network of one kind of input is asked for another."""
+    if given != wanted:
+        raise ValueError(f"{network}: spatial_dims must be {wanted}, not {given}")

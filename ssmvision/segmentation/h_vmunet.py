@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, rename
 from ssmvision.segmentation._mixers import ss2d_or_twin
+from ssmvision.segmentation._shapes import check_spatial_dims
 from ssmvision.segmentation._six_stages import STAGE_RENAMES, SixStages, check_dims, stage_taps
 
 __all__ = ["HVMUNet"]
@@ -138,6 +139,7 @@ class HVMUNet(SixStages):
         drop_path_rate: Largest stochastic depth rate.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
         sigmoid: Give probabilities, as the official network does for any number of classes.
+        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
@@ -152,7 +154,9 @@ class HVMUNet(SixStages):
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
         sigmoid: bool = False,
+        spatial_dims: int = 2,
     ) -> None:
+        check_spatial_dims("H-vmunet", spatial_dims, 2)
         check_dims("H-vmunet", dims)
         make = ss2d_or_twin(mixer, d_state)
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))

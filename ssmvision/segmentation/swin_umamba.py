@@ -19,7 +19,7 @@ from ssmvision.models._init import init_linear
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, as_is, nhwc, refuse_unpublished, rename
 from ssmvision.segmentation._mixers import ss2d_or_twin
-from ssmvision.segmentation._shapes import check_input
+from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 from ssmvision.segmentation._unetr import UNETR_RENAMES, ResBlock, UpBlock
 from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, drop_path_rates, make_layer
 
@@ -69,6 +69,7 @@ class SwinUMamba(nn.Module):
         d_state: Size of the state of the scans.
         drop_path_rate: Largest stochastic depth rate.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
+        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class SwinUMamba(nn.Module):
         d_state: int = 16,
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
+        spatial_dims: int = 2,
     ) -> None:
+        check_spatial_dims("Swin-UMamba", spatial_dims, 2)
         super().__init__()
         self.in_channels = in_channels
         self.stem = nn.Sequential(
@@ -158,6 +161,7 @@ class SwinUMambaD(nn.Module):
         d_state: Size of the state of the scans.
         drop_path_rate: Largest stochastic depth rate of the encoder.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
+        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
@@ -170,7 +174,9 @@ class SwinUMambaD(nn.Module):
         d_state: int = 16,
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
+        spatial_dims: int = 2,
     ) -> None:
+        check_spatial_dims("Swin-UMamba-D", spatial_dims, 2)
         super().__init__()
         self.in_channels = in_channels
         self.vssm_encoder = VSSEncoder(in_channels, 4, dims, depths, d_state, drop_path_rate, mixer)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, rename
 from ssmvision.segmentation._mixers import mamba_or_twin
+from ssmvision.segmentation._shapes import check_spatial_dims
 from ssmvision.segmentation._six_stages import STAGE_RENAMES, SixStages, check_dims, stage_taps
 
 __all__ = ["UltraLightVMUNet"]
@@ -57,6 +58,7 @@ class UltraLightVMUNet(SixStages):
         d_state: Size of the state of the scans.
         mixer: "mamba", or "none" for gated convolutions instead.
         sigmoid: Give probabilities, as the official network does for any number of classes.
+        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class UltraLightVMUNet(SixStages):
         d_state: int = 16,
         mixer: str = "mamba",
         sigmoid: bool = False,
+        spatial_dims: int = 2,
     ) -> None:
+        check_spatial_dims("UltraLight VM-UNet", spatial_dims, 2)
         check_dims("UltraLight VM-UNet", dims)
         make = mamba_or_twin(mixer, d_state)
 

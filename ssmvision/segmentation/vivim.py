@@ -19,7 +19,7 @@ from ssmvision.layers import TriMamba
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, as_is, refuse_unpublished, rename
 from ssmvision.segmentation._mixers import mixer_or_twin
-from ssmvision.segmentation._shapes import check_input
+from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 
 __all__ = ["Vivim"]
 
@@ -137,6 +137,7 @@ class Vivim(nn.Module):
         drop_rate: Dropout before the logits.
         drop_path_rate: Largest stochastic depth rate.
         mixer: "mamba", or "none" for gated convolutions instead.
+        spatial_dims: 3 and nothing else, for callers that state it.
     """
 
     def __init__(
@@ -154,7 +155,9 @@ class Vivim(nn.Module):
         drop_rate: float = 0.1,
         drop_path_rate: float = 0.0,
         mixer: str = "mamba",
+        spatial_dims: int = 3,
     ) -> None:
+        check_spatial_dims("Vivim", spatial_dims, 3)
         super().__init__()
         if not len(dims) == len(depths) == len(heads) == len(clip_depths) == 4:
             raise ValueError("Vivim has four stages: dims, depths, heads and clip_depths must have four entries")

@@ -21,7 +21,7 @@ from ssmvision.models._init import init_linear
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, nhwc, rename
 from ssmvision.segmentation._mixers import ss2d_or_twin
-from ssmvision.segmentation._shapes import check_input
+from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 from ssmvision.segmentation._vss import (
     VSS_RENAMES,
     PatchExpand,
@@ -62,6 +62,7 @@ class VMUNet(nn.Module):
         drop_path_rate: Largest stochastic depth rate.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
         sigmoid: Give probabilities, as the official network of one class does.
+        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class VMUNet(nn.Module):
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
         sigmoid: bool = False,
+        spatial_dims: int = 2,
     ) -> None:
+        check_spatial_dims("VM-UNet", spatial_dims, 2)
         super().__init__()
         self.in_channels, self.sigmoid = in_channels, sigmoid
         self.patch_embed = PatchStem(in_channels, dims[0])
@@ -189,6 +192,7 @@ class VMUNetV2(nn.Module):
         drop_path_rate: Largest stochastic depth rate.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
         sigmoid: Give probabilities, as the official network does.
+        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
@@ -203,7 +207,9 @@ class VMUNetV2(nn.Module):
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
         sigmoid: bool = False,
+        spatial_dims: int = 2,
     ) -> None:
+        check_spatial_dims("VM-UNetV2", spatial_dims, 2)
         super().__init__()
         self.in_channels, self.half_head, self.sigmoid = in_channels, half_head, sigmoid
         dims = [mid_channel * 2 ** (i + 1) for i in range(4)] if dims is None else dims
