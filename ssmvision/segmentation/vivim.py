@@ -8,6 +8,7 @@ The stages per frame are those of SegFormer (arXiv:2105.15203).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -330,7 +331,7 @@ def vivim_b3(**kwargs: Any) -> Vivim:
     return Vivim(**kwargs)
 
 
-@register_network(_CFG, twin=True)
+@register_network(replace(_CFG, input_size=(3, 5, 32, 32)), twin=True)
 def test_vivim(**kwargs: Any) -> Vivim:
     """A tiny Vivim for tests."""
     args: dict[str, Any] = {
