@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 # Where training scripts put the weights. All VMamba releases but one were evaluated with their EMA, so it goes first.
 _EMA_KEYS = ("state_dict_ema", "model_ema")
-_MODEL_KEYS = ("state_dict", "model")
+_MODEL_KEYS = ("state_dict", "model", "model_state_dict", "network_weights")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 class PatchStem(nn.Sequential):
-    """Non-overlapping 4 x 4 patches, (b, in_chans, h, w) → (b, dim, h/4, w/4)."""
+    """Non-overlapping square patches, of 4 pixels a side: (b, in_chans, h, w) → (b, dim, h/4, w/4)."""
 
-    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, device: Any = None, dtype: Any = None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
+        self.conv1 = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
         self.norm1 = LayerNorm2d(dim, eps=1e-5, **dd)
 
 

@@ -1,3 +1,14 @@
 """Segmentation networks (and what was published with them), one file per family; importing it registers them all."""
 
-from . import lkm_unet, nnmamba, segmamba, umamba  # noqa: F401
+from . import (  # noqa: F401  # noqa: F401
+    h_vmunet,
+    lightm_unet,
+    lkm_unet,
+    nnmamba,
+    segmamba,
+    swin_umamba,
+    ultralight_vm_unet,
+    umamba,
+    vivim,
+    vm_unet,
+)

@@ -222,6 +222,11 @@ def test_which_weights_are_taken():
         extract_state_dict(both, use="ema")
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "network_weights"])
+def test_containers_of_official_trainers_are_opened(key):
+    assert equal(extract_state_dict({key: weights(), "epoch": 3}), weights())
+
+
 def test_weights_that_are_not_finite_are_announced(tmp_path):
     torch.save(weights(float("nan")), tmp_path / "w.pth")
     with pytest.warns(UserWarning, match=r"NaN or infinity in 1 tensors \(a\.weight\)"):
