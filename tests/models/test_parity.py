@@ -18,6 +18,7 @@ CASES = [
     "localvim_midcls",
     "localvim_rope",
     "localvmamba",
+    "mambar",
     "mambavision",
     "mambavision_ls",
     "medmamba",
