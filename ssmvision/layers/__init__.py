@@ -10,7 +10,7 @@ from .mamba import Mamba
 from .mambavision_mixer import MambaVisionMixer
 from .noncausal_ssd import NonCausalSSD
 from .spatial_ssm import StructureAwareSSM
-from .ss2d import SS2D, AtrousSS2D, LocalSS2D, ScalarSS2D
+from .ss2d import SS2D, AtrousSS2D, LocalSS2D, MultiScaleSS2D, ScalarSS2D
 
 __all__ = [
     "SS2D",
@@ -25,6 +25,7 @@ __all__ = [
     "MambaLikeLinearAttention",
     "MambaVisionMixer",
     "ModulatedGroupMamba",
+    "MultiScaleSS2D",
     "NonCausalSSD",
     "ScalarSS2D",
     "StructureAwareSSM",

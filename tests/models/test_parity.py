@@ -23,6 +23,7 @@ CASES = [
     "mambavision_ls",
     "medmamba",
     "mlla",
+    "msvmamba",
     "plainmamba",
     "spatialmamba",
     "videomamba_image",
