@@ -24,7 +24,7 @@ from .s5 import S5, S5Classifier, S5Encoder, S5Layer
 from .smamba import SMambaLayer
 from .spacetime import ClosedLoopSSM, CompanionSSM, ShiftSSM
 from .spatial_ssm import StructureAwareSSM
-from .ss2d import SS2D, AtrousSS2D, LocalSS2D, ScalarSS2D
+from .ss2d import SS2D, AtrousSS2D, LocalSS2D, MultiScaleSS2D, ScalarSS2D
 from .ssm2d import SSM2D
 from .trimamba import TriMamba
 
@@ -59,6 +59,7 @@ __all__ = [
     "MambaVisionMixer",
     "ModulatedGroupMamba",
     "MotionMambaUNet",
+    "MultiScaleSS2D",
     "NonCausalSSD",
     "S4Block",
     "S4Conv",

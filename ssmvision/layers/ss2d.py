@@ -7,6 +7,7 @@ from typing import Any, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
 from ssmvision.layers.channel_attention import ChannelAttention
@@ -164,6 +165,70 @@ class LocalSS2D(SS2D):
         routes = local_routes(u, [H, W], self.directions)
         y = self.scan_tokens(pad_tokens(u.reshape(B, H * W, D), routes.shape[1]), routes, merge=False)
         return self.attn(crop_tokens(y.transpose(2, 3), H * W)).sum(1).reshape(B, H, W, D)
+
+
+class MultiScaleSS2D(SS2D):
+    """MSVMamba's mixer: one scan at full resolution, by rows, and three at half, then enlarged.
+
+    As in the official code of arXiv:2405.14174, the three (rows backward, columns, columns backward) are one scan:
+    where one ends, its state goes on to the next. They share parameters, the first of two sets.
+
+    Args:
+        dim: Channels of input and output.
+        conv_bias: Give the convolutions before the scans a bias.
+        squeeze_excite: Weigh the channels of the sum by their means.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        **kwargs: `d_state`, `ssm_ratio`, `dt_rank`, `d_conv` and `act_layer` of `SS2D`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        conv_bias: bool = False,
+        squeeze_excite: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, conv_bias=conv_bias, gate=True, routes=2, **dd, **kwargs)
+        d = self.d_inner
+        self.conv2d_b1 = nn.Conv2d(d, d, 7, stride=2, padding=3, groups=d, bias=conv_bias, **dd)
+        self.se = SqueezeExcite(d, rd_channels=d // 8, bias=False, **dd) if squeeze_excite else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, dim) → (b, h, w, dim)."""
+        u = F.linear(x, self.in_proj.weight[: self.d_inner]).permute(0, 3, 1, 2)
+        fine = self.scan_in_turn(self.act(self.conv2d(u)).permute(0, 2, 3, 1), 1, [0])
+        coarse = self.scan_in_turn(self.act(self.conv2d_b1(u)).permute(0, 2, 3, 1), 0, [2, 1, 3])
+        size = [x.shape[1], x.shape[2]]
+        coarse = F.interpolate(coarse.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False)
+        y = self.se(fine.permute(0, 3, 1, 2) + coarse).permute(0, 2, 3, 1)
+        return self.out_proj(y * self.act(F.linear(x, self.in_proj.weight[self.d_inner :])))
+
+    def scan_in_turn(self, u: Tensor, scale: int, order: List[int]) -> Tensor:
+        """Scans that go on from each other, each normalised, then summed: (b, h, w, d_inner) → the same.
+
+        Args:
+            u: Map.
+            scale: Whose parameters, 0 at half and 1 at full resolution.
+            order: Rows of `cross_routes`.
+        """
+        B, H, W, D = u.shape
+        tokens, routes = u.reshape(B, H * W, D), cross_routes(u)
+        projected = F.linear(tokens, self.x_proj_weight[scale]).transpose(1, 2).unsqueeze(1)
+        delta, b, c = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
+        A, skip, dt_bias, dt_proj = [p[scale : scale + 1] for p in self.scan_parameters()]
+        state: Optional[Tensor] = None
+        y = torch.zeros_like(tokens)
+        for route in order:
+            part, state = selective_scan(
+                tokens.transpose(1, 2), delta, A, b, c, D=skip, delta_bias=dt_bias, delta_softplus=True,
+                dt_proj=dt_proj, initial_state=state, routes=routes[route : route + 1],
+            )  # fmt: skip
+            y = y + self.out_norm(part.transpose(1, 2))
+        return y.reshape(B, H, W, D)
 
 
 class ScalarSS2D(SS2D):

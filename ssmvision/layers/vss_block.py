@@ -47,6 +47,7 @@ class VSSBlock(nn.Module):
         mlp_ratio: float = 4.0,
         mlp_act: Type[nn.Module] = nn.GELU,
         drop_path: float = 0.0,
+        mlp: Callable[..., nn.Module] = Mlp,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -56,7 +57,7 @@ class VSSBlock(nn.Module):
         self.op = mixer(dim, **dd)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if mlp_ratio > 0 else nn.Identity()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=mlp_act, **dd) if mlp_ratio > 0 else None
+        self.mlp = mlp(dim, int(dim * mlp_ratio), act_layer=mlp_act, **dd) if mlp_ratio > 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, dim) → (b, h, w, dim)."""

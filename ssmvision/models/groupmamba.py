@@ -20,6 +20,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ssmvision.layers import ModulatedGroupMamba
+from ssmvision.layers.conv_mlp import ConvMlp
 from ssmvision.models._builder import Published, build_model, weights_cfg
 from ssmvision.models._init import init_linear
 from ssmvision.models._official import OfficialModel, Tap, refuse_unpublished, rename
@@ -50,22 +51,6 @@ class Downsample(nn.Sequential):
         self.norm1 = LayerNorm2d(dim, eps=norm_eps, **dd)
         self.proj = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
         self.norm2 = LayerNorm2d(out_dim, eps=1e-5, **dd)
-
-
-class ConvMlp(nn.Module):
-    """An MLP with a depthwise convolution before its activation: (b, h, w, dim) → the same."""
-
-    def __init__(self, dim: int, hidden: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
 
 
 class Block(nn.Module):

@@ -1,6 +1,6 @@
 """Segmentation networks (and what was published with them), one file per family; importing it registers them all."""
 
-from . import (  # noqa: F401  # noqa: F401
+from . import (  # noqa: F401
     h_vmunet,
     lightm_unet,
     lkm_unet,

@@ -1,10 +1,10 @@
-"""The mixers of LocalMamba, EfficientVMamba and GroupMamba against scans of maps that are padded, cut and put back."""
+"""Mixers of several directions (LocalMamba and others) against scans of maps that are padded, cut and put back."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmvision.layers import SS2D, AtrousSS2D, ChannelAttention, GroupedSS2D, LocalMamba, LocalSS2D
+from ssmvision.layers import SS2D, AtrousSS2D, ChannelAttention, GroupedSS2D, LocalMamba, LocalSS2D, MultiScaleSS2D
 from ssmvision.layers.s6 import state_matrix
 from ssmvision.ops import causal_conv1d, selective_scan
 
@@ -99,6 +99,27 @@ def test_atrous_ss2d_scans_every_subgrid_once(grid):
         y = s6(cut(part, direction), layer.x_proj_weight[k], bias[k], dt_proj[k], A[k], D[k])
         wanted[top::2, left::2] = put_back(y, direction, *part.shape[:2])
     torch.testing.assert_close(layer.scan(u)[0], wanted[: grid[0], : grid[1]])
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (3, 5), (7, 2)])
+def test_multi_scale_ss2d_scans_three_orders_at_half_resolution_as_one(grid):
+    layer = randomized(MultiScaleSS2D(8, d_state=3))
+    x = torch.randn(1, *grid, 8, dtype=torch.float64)
+    u, z = layer.in_proj(x)[0].chunk(2, dim=-1)
+    A, Ds = state_matrix(layer.A_logs).view(2, 16, 3), layer.Ds.view(2, 16)
+
+    def scan(conv, parameters, directions):
+        maps = F.silu(conv(u.permute(2, 0, 1)[None]))[0].permute(1, 2, 0)
+        of_scan = (layer.x_proj_weight, layer.dt_projs_bias, layer.dt_projs_weight, A, Ds)
+        y = s6(torch.cat([cut(maps, direction) for direction in directions]), *(p[parameters] for p in of_scan))
+        parts = layer.out_norm(y).chunk(len(directions))
+        return sum(put_back(part, to, *maps.shape[:2]) for part, to in zip(parts, directions, strict=True))
+
+    coarse = scan(layer.conv2d_b1, 0, ["h_flip", "v", "v_flip"]).permute(2, 0, 1)[None]
+    y = scan(layer.conv2d, 1, ["h"]) + F.interpolate(coarse, size=grid, mode="bilinear")[0].permute(1, 2, 0)
+    squeezed = F.relu(y.mean((0, 1)) @ layer.se.fc1.weight.flatten(1).T)
+    y = y * torch.sigmoid(squeezed @ layer.se.fc2.weight.flatten(1).T) * F.silu(z)
+    torch.testing.assert_close(layer(x), layer.out_proj(y)[None])
 
 
 def test_grouped_ss2d_is_four_gated_mixers_of_one_direction():

@@ -42,7 +42,7 @@ def _file(name: str) -> str:
     """The file of a weight, or the identifier of the shared file where no program can download it."""
     cfg, page = CFGS[name], _published(name).by_hand
     if page:
-        shared = re.search("/[df]/([^/]+)", page)
+        shared = re.search("/(?:d|f|folders)/([^/]+)", page)
         return shared[1] if shared else ""
     return cfg.hf_hub_filename or cfg.url.rpartition("/")[2]
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ssmvision.engine.verify.case import read_case
 from ssmvision.engine.verify.compare import Verification, compare
-
 from ssmvision.engine.verify.mamba_layers import CHECKS as MAMBA_LAYERS
 from ssmvision.engine.verify.networks import verify_network
 from ssmvision.engine.verify.operators import CHECKS as OPERATORS
