@@ -41,6 +41,7 @@ class S4Kernel(nn.Module):
         real_transform: The same for minus the real part of A.
         imag_transform: The same for minus the imaginary part of A.
         n_ssm: Copies of A, B and P, in turn for the channels; None for one per channel.
+        bandlimit: Drop states that oscillate above this fraction of the sampling rate; None to keep all.
         lr: Learning rate of dt, A, B and P; None for that of the other parameters.
         device: Device of the parameters.
         dtype: Type of the parameters.
@@ -61,6 +62,7 @@ class S4Kernel(nn.Module):
         real_transform: str = "exp",
         imag_transform: str = "none",
         n_ssm: Optional[int] = None,
+        bandlimit: Optional[float] = None,
         lr: Optional[float] = 1e-3,
         device: Any = None,
         dtype: Any = None,
@@ -71,7 +73,7 @@ class S4Kernel(nn.Module):
         dd = {"device": device, "dtype": dtype}
         copies, pairs = n_ssm or dim, d_state // 2
         self.dim, self.d_state, self.channels, self.init, self.rank = dim, d_state, channels, init, rank
-        self.dt_range = (dt_min, dt_max)
+        self.dt_range, self.bandlimit = (dt_min, dt_max), bandlimit
         self.dt_transform, self.real_transform, self.imag_transform = dt_transform, real_transform, imag_transform
         self.inv_dt = nn.Parameter(torch.empty(dim, 1, **dd))
         self.C = nn.Parameter(torch.empty(channels, dim, pairs, 2, **dd))
@@ -103,8 +105,7 @@ class S4Kernel(nn.Module):
     ) -> tuple[Tensor, Optional[Tensor]]:
         """The kernel over `length` tokens; arguments and results as of `S4DKernel`."""
         self._convert_C(round(rate * length))
-        A, B, P, C = self._system()
-        dt = transform(wide(self.inv_dt), self.dt_transform) * rate
+        A, B, P, C, dt = self._system(rate)
         circle = round(self.l_kernel.item() / rate)
         omega = torch.exp(-2j * math.pi / circle * torch.arange(circle // 2 + 1, device=A.device, dtype=torch.float64))
         inputs = B[None]
@@ -137,15 +138,18 @@ class S4Kernel(nn.Module):
         """What precedes a sequence: zeros (b, d, s), complex."""
         return torch.view_as_complex(self.C.new_zeros(batch, self.dim, self.d_state // 2, 2))
 
-    def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A (d, s), B (d, s), P (r, d, s) and C (c, d, s)."""
+    def _system(self, rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A (d, s), B (d, s), P (r, d, s), C (c, d, s) and the step sizes (d, 1)."""
         real, imag = (
             transform(wide(self.A_real), self.real_transform),
             transform(wide(self.A_imag), self.imag_transform),
         )
         repeats = self.dim // len(real)
-        A = -torch.complex(real, imag).repeat(repeats, 1)
-        return A, as_complex(self.B)[0].repeat(repeats, 1), as_complex(self.P).repeat(1, repeats, 1), as_complex(self.C)
+        A, C = -torch.complex(real, imag).repeat(repeats, 1), as_complex(self.C)
+        dt = transform(wide(self.inv_dt), self.dt_transform) * rate
+        if self.bandlimit is not None:
+            C = C * (dt * A.imag.abs() / (2 * math.pi) < 0.5 * self.bandlimit)
+        return A, as_complex(self.B)[0].repeat(repeats, 1), as_complex(self.P).repeat(1, repeats, 1), C, dt
 
     def _spectrum(self, dt_A: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, omega: Tensor) -> Tensor:
         """The generating function at roots of unity, (1 + b, c, d, w), by Woodbury's identity.
@@ -172,8 +176,9 @@ class S4Kernel(nn.Module):
         return between(B, C) - correction
 
     def _dense(self, rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        A, B, P, C = (torch.cat([x, x.conj()], -1) for x in self._system())
-        dt = transform(wide(self.inv_dt), self.dt_transform)[..., None] * rate
+        *system, dt = self._system(rate)
+        A, B, P, C = (torch.cat([x, x.conj()], -1) for x in system)
+        dt = dt[..., None]
         matrix = torch.diag_embed(A) - torch.einsum("rdn,rdm->dnm", P, P.conj())
         identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         backward = identity - dt / 2 * matrix

@@ -19,6 +19,7 @@ LAYERS = {
     ),
     "S4Block ptd": lambda **dd: S4Block(6, mode="s4d", d_state=16, init="ptd", **dd),
     "S4Block dplr": lambda **dd: S4Block(6, d_state=8, **dd),
+    "S4Block bandlimit": lambda **dd: S4Block(6, d_state=16, bandlimit=0.1, dt_min=0.05, **dd),
     "S4Block legt": lambda **dd: S4Block(
         6, d_state=8, init="legt", rank=2, n_ssm=2, final_act="gelu", channels=2, **dd
     ),

@@ -42,7 +42,7 @@ def _classifier(case: Case) -> tuple[Tensors, Tensors]:
     kwargs = dict(case.meta["kwargs"])
     kwargs.pop("padded", None)
     kwargs["norm"] = "batch" if kwargs.pop("batchnorm", False) else "layer"
-    for name in ("training", "dropout"):
+    for name in ("training", "dropout", "p_dropout", "bn_momentum"):
         kwargs.pop(name, None)
     module = S5Classifier(**renamed(kwargs, _NAMES))
     return _flax_module(case, module, lengths=case.tensors.get("lengths"))

@@ -42,6 +42,8 @@ def _hippo(case: Case) -> tuple[Tensors, Tensors]:
     # The official corrections of Fourier bases, and eigenvalues that follow from them, are computed in float32.
     single = {name for name in found if "fourier" in name and (name.endswith(".P") or name.startswith("nplr"))}
     wanted = {name: x.float() if name in single else x for name, x in case.tensors.items()}
+    # What is clipped depends on the arbitrary phases of eigenvectors, and its absolute value with it.
+    wanted = {name: x for name, x in wanted.items() if not name.endswith("absB_clipped")}
     return _named("output", found), _named("output", wanted)
 
 
@@ -56,8 +58,6 @@ def _nplr_forms(case: Case, n: int) -> Tensors:
         forms = {"W": _pairs(W), "absP": ours.abs(), "absB_unclipped": B.abs()}
         forms["PPstar_diag"] = ours.abs().square().sum(0)
         forms["normal_part_2Re_VWVh"] = 2 * ((V * W) @ V.mH).real
-        # What is clipped depends on the arbitrary phases, and with it the absolute value.
-        forms["absB_clipped"] = case.tensors[f"nplr.{measure}.N{n}.absB_clipped"]
         found |= {f"nplr.{measure}.N{n}.{form}": x for form, x in forms.items()}
     return found
 
@@ -129,10 +129,11 @@ def _ssm2d(case: Case) -> tuple[Tensors, Tensors]:
     if kwargs.pop("normalize", False):
         raise ValueError("the official option 'normalize' is not built here")
     names = {"embed_dim": "dim", "ndim": "d_state", "directions_amount": "directions"}
-    layer = SSM2D(
-        **renamed(kwargs, {**names, "L": "side", "use_residual_inside_ssm": "use_residual"})
-        | {"side": math.isqrt(kwargs["L"])}
-    )
+    side = math.isqrt(kwargs.pop("L"))
+    layer = SSM2D(side=side, **renamed(kwargs, {**names, "use_residual_inside_ssm": "use_residual"}))
+    if case.tensors["input"].dim() == 3:  # tokens first, (l, b, d)
+        layer.register_forward_pre_hook(lambda _, x: x[0].permute(1, 2, 0).unflatten(-1, (math.isqrt(len(x[0])), -1)))
+        layer.register_forward_hook(lambda _, x, y: y.flatten(2).permute(2, 0, 1))
     found, wanted = check_module(case, layer)
     wanted |= {f"feat.{name}": case.tensors[name] for name in ("kernel", "kernel_naive_f64") if name in case.tensors}
     return found | dict.fromkeys(("feat.kernel", "feat.kernel_naive_f64"), layer.kernel().detach()), wanted
@@ -217,7 +218,7 @@ def _stepped(kernel: nn.Module, u: Tensor) -> tuple[Tensor, Tensor]:
 def _s4_kwargs(official: dict[str, Any]) -> dict[str, Any]:
     """Our arguments; those that choose among equal implementations have no effect on results."""
     kwargs = renamed(official, {"dim": "spatial_dims", "d_model": "dim", "out_channels": "out_chans"})
-    for name in ("backend", "verbose", "deterministic", "tie_dropout"):
+    for name in ("backend", "verbose", "deterministic", "tie_dropout", "lr", "wd"):
         kwargs.pop(name, None)
     for name, off in (("gate", None), ("bottleneck", None), ("weight_norm", False), ("drop_kernel", 0.0)):
         if kwargs.pop(name, off) not in (off, 0):
