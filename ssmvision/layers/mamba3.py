@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmvision.layers.s6 import init_dt_bias_
-from ssmvision.ops._library import no_autocast
+from ssmvision.ops._library import expect, expect_reset, no_autocast
 
 CHUNK = 64  # tokens whose mutual decays are materialized at once
 
@@ -79,8 +79,11 @@ def trapezoidal_scan(
         y (b, l, h, p); and the state after the last token.
 
     Raises:
-        RuntimeError: Shapes that do not fit.
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
+    given = {"q": q, "k": k, "v": v, "dt": dt, "a_dt": a_dt, "trap": trap, "angles": angles, "q_bias": q_bias}
+    _check("trapezoidal_scan", given | {"k_bias": k_bias, "D": D, "z": z}, state)
+    expect_reset("trapezoidal_scan", reset, tuple(v.shape[:2]))
     dtype = torch.promote_types(v.dtype, torch.float32)
     out_dtype = v.dtype
     q, k, v, dt, a_dt, trap, angles = (x.to(dtype) for x in (q, k, v, dt, a_dt, trap, angles))
@@ -117,7 +120,12 @@ def trapezoidal_scan_step(
 
     Returns:
         y (b, h, p); and the next state.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
+    given = {"q": q, "k": k, "v": v, "dt": dt, "a_dt": a_dt, "trap": trap, "angles": angles, "q_bias": q_bias}
+    _check("trapezoidal_scan_step", given | {"k_bias": k_bias, "D": D, "z": z}, state)
     dtype = torch.promote_types(v.dtype, torch.float32)
     out_dtype = v.dtype
     q, k, v, dt, a_dt, trap, angles = (x.to(dtype) for x in (q, k, v, dt, a_dt, trap, angles))
@@ -220,6 +228,25 @@ class Mamba3(nn.Module):
             "q": self.C_norm(c), "k": self.B_norm(b), "v": v, "dt": dt, "a_dt": A * dt, "trap": trap, "angles": angles,
             "q_bias": self.C_bias, "k_bias": self.B_bias, "z": z,
         }  # fmt: skip
+
+
+def _check(operator: str, tensors: dict[str, Any], state: Optional[Mamba3State]) -> None:
+    *lead, h, p = tensors["v"].shape
+    (g, n), s = tensors["q"].shape[-2:], tensors["angles"].shape[-1]
+    shapes = dict.fromkeys(("q", "k"), (*lead, g, n)) | dict.fromkeys(("dt", "a_dt", "trap"), (*lead, h))
+    shapes |= {"v": (*lead, h, p), "z": (*lead, h, p), "D": (h,), "q_bias": (h, n), "k_bias": (h, n)}
+    shapes |= {"angles": (*lead, h, s)}
+    if state is not None:
+        b = lead[0]
+        shapes |= {"angle": (b, h, s), "ssm": (b, h, p, n), "state.k": (b, h, n), "state.v": (b, h, p)}
+        tensors |= {"angle": state.angle, "ssm": state.ssm, "state.k": state.k, "state.v": state.v}
+    for name, x in tensors.items():
+        if x is not None:
+            expect(operator, name, x, shapes[name])
+    if h % g:
+        raise RuntimeError(f"{operator}: the groups of q and k ({g}) must divide {h} heads")
+    if 2 * s > n:
+        raise RuntimeError(f"{operator}: {s} angles turn {2 * s} states, but there are {n}")
 
 
 def _heavy_tail(x: Tensor) -> Tensor:

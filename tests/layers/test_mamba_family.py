@@ -175,6 +175,21 @@ def test_trapezoid_gradients_of_slow_decays_are_exact_in_float32(scale):
     assert (grads[1] - grads[0]).abs().max() < 1e-5 * grads[0].abs().max()
 
 
+@pytest.mark.parametrize("name", ["q", "k", "dt", "a_dt", "trap", "q_bias", "k_bias"])
+def test_trapezoid_names_what_does_not_fit(name):
+    given = scan_arguments()
+    wrong = given | {name: torch.cat([given[name], given[name]], -1)}
+    with pytest.raises(RuntimeError, match=r"^trapezoidal_scan: \w+ has shape .* expected "):
+        trapezoidal_scan(**wrong)
+
+
+def test_trapezoid_turns_no_more_states_than_there_are():
+    with pytest.raises(RuntimeError, match="4 angles turn 8 states, but there are 6"):
+        trapezoidal_scan(**scan_arguments(s=4))
+    with pytest.raises(RuntimeError, match=r"the groups of q and k \(3\) must divide 4 heads"):
+        trapezoidal_scan(**scan_arguments(g=3))
+
+
 def test_trapezoid_gradients():
     given = {name: x.requires_grad_() for name, x in scan_arguments(b=1, l=4, g=1, h=2, p=2, n=4, s=1).items()}
     reset = torch.tensor([[False, False, True, False]])
