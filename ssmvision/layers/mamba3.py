@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmvision.layers.s6 import init_dt_bias_
-from ssmvision.ops import ssd_scan
+from ssmvision.ops._library import expect, expect_reset, no_autocast
+
+CHUNK = 64  # tokens whose mutual decays are materialized at once
 
 
 class Mamba3State(NamedTuple):
@@ -55,7 +57,8 @@ def trapezoidal_scan(
         y_t = s_t q_t + D v_t
 
     and y * silu(z) if z is given. What a token gives to the step after its own depends on nothing but the two, so it
-    can enter the state at once and be subtracted from the token's own output: one `ssd_scan` does it all.
+    can enter the state at once; only the token itself must not see it. Within chunks of tokens that is attention with
+    decays, between them a recurrence of states (Mamba-2, arXiv:2405.21060, section 6): matrix products in plain torch.
 
     Args:
         q: Output matrix (b, l, g, n).
@@ -76,8 +79,11 @@ def trapezoidal_scan(
         y (b, l, h, p); and the state after the last token.
 
     Raises:
-        RuntimeError: Shapes that do not fit.
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
+    given = {"q": q, "k": k, "v": v, "dt": dt, "a_dt": a_dt, "trap": trap, "angles": angles, "q_bias": q_bias}
+    _check("trapezoidal_scan", given | {"k_bias": k_bias, "D": D, "z": z}, state)
+    expect_reset("trapezoidal_scan", reset, tuple(v.shape[:2]))
     dtype = torch.promote_types(v.dtype, torch.float32)
     out_dtype = v.dtype
     q, k, v, dt, a_dt, trap, angles = (x.to(dtype) for x in (q, k, v, dt, a_dt, trap, angles))
@@ -87,15 +93,12 @@ def trapezoidal_scan(
     theta = torch.remainder(turns + start, 2 * math.pi).to(dtype)
     q, k = _rotated(q, q_bias, theta), _rotated(k, k_bias, theta)
     own, before = _weights(trap, dt)
-    after = F.pad(before[:, 1:], [0, 0, 0, 1])
-    # ssd_scan has one factor for decay and drive. Below this bound a decay is 1 in float32.
-    step = torch.where(a_dt.abs() < 1e-10, -1e-10, a_dt)
-    y, last = ssd_scan(
-        v * ((own + after) / step).unsqueeze(-1), step, torch.ones_like(step[0, 0]), k, q,
-        dt_limit=(-math.inf, math.inf), reset=reset,
-        initial_state=None if state is None else state.ssm + _outer(state.v, state.k, before[:, 0]),
-    )  # fmt: skip
-    y = y - (after * (q * k).sum(-1)).unsqueeze(-1) * v
+    total = own + F.pad(before[:, 1:], [0, 0, 0, 1])
+    start_ssm = v.new_zeros(*v.shape[:1], *v.shape[2:], q.shape[-1])
+    if state is not None:
+        start_ssm = state.ssm + _outer(state.v, state.k, before[:, 0])
+    with no_autocast(v):
+        y, last = _chunked(q, k, v, a_dt, own, total, start_ssm, reset)
     return _skip_and_gate(y, v, D, z).to(out_dtype), Mamba3State(theta[:, -1], last, k[:, -1], v[:, -1])
 
 
@@ -117,7 +120,12 @@ def trapezoidal_scan_step(
 
     Returns:
         y (b, h, p); and the next state.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
+    given = {"q": q, "k": k, "v": v, "dt": dt, "a_dt": a_dt, "trap": trap, "angles": angles, "q_bias": q_bias}
+    _check("trapezoidal_scan_step", given | {"k_bias": k_bias, "D": D, "z": z}, state)
     dtype = torch.promote_types(v.dtype, torch.float32)
     out_dtype = v.dtype
     q, k, v, dt, a_dt, trap, angles = (x.to(dtype) for x in (q, k, v, dt, a_dt, trap, angles))
@@ -222,6 +230,25 @@ class Mamba3(nn.Module):
         }  # fmt: skip
 
 
+def _check(operator: str, tensors: dict[str, Any], state: Optional[Mamba3State]) -> None:
+    *lead, h, p = tensors["v"].shape
+    (g, n), s = tensors["q"].shape[-2:], tensors["angles"].shape[-1]
+    shapes = dict.fromkeys(("q", "k"), (*lead, g, n)) | dict.fromkeys(("dt", "a_dt", "trap"), (*lead, h))
+    shapes |= {"v": (*lead, h, p), "z": (*lead, h, p), "D": (h,), "q_bias": (h, n), "k_bias": (h, n)}
+    shapes |= {"angles": (*lead, h, s)}
+    if state is not None:
+        b = lead[0]
+        shapes |= {"angle": (b, h, s), "ssm": (b, h, p, n), "state.k": (b, h, n), "state.v": (b, h, p)}
+        tensors |= {"angle": state.angle, "ssm": state.ssm, "state.k": state.k, "state.v": state.v}
+    for name, x in tensors.items():
+        if x is not None:
+            expect(operator, name, x, shapes[name])
+    if h % g:
+        raise RuntimeError(f"{operator}: the groups of q and k ({g}) must divide {h} heads")
+    if 2 * s > n:
+        raise RuntimeError(f"{operator}: {s} angles turn {2 * s} states, but there are {n}")
+
+
 def _heavy_tail(x: Tensor) -> Tensor:
     """Positive, increasing, smooth; where exp and softplus fall off exponentially, this falls like 1 / |x|."""
     return torch.where(x < 0, 1 / (1 - x.clamp(max=0)), 1 + x)
@@ -235,6 +262,36 @@ def _rotated(x: Tensor, bias: Tensor, theta: Tensor) -> Tensor:
     cos, sin = theta.cos(), theta.sin()
     turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
     return torch.cat([turned, x[..., 2 * s :]], dim=-1)
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, a_dt: Tensor, own: Tensor, total: Tensor, state: Tensor, reset: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Outputs (b, l, h, p) and last state (b, h, p, n) of tokens that weigh `own` to themselves, `total` to others."""
+    length = v.shape[1]
+    cuts = torch.zeros_like(a_dt[..., 0]) if reset is None else reset.to(a_dt.dtype)
+    outputs = []
+    for chunk in zip(*(x.split(CHUNK, dim=1) for x in (q, k, v, a_dt, own, total, cuts)), strict=True):
+        y, state = _chunk(*chunk, state=state)
+        outputs.append(y)
+    return torch.cat(outputs, 1) if length else v, state
+
+
+def _chunk(
+    q: Tensor, k: Tensor, v: Tensor, a_dt: Tensor, own: Tensor, total: Tensor, cuts: Tensor, *, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for one chunk: tokens i read tokens j <= i since the latest cut, and the state if there is no cut."""
+    a, segment = a_dt.cumsum(1).transpose(1, 2), cuts.cumsum(1).unsqueeze(1)  # (b, h, l), (b, 1, l)
+    reads = (segment.unsqueeze(-1) == segment.unsqueeze(-2)).tril()
+    decay = torch.exp((a.unsqueeze(-1) - a.unsqueeze(-2)).masked_fill(~reads, -math.inf))  # (b, h, l of i, l of j)
+    weight = total.transpose(1, 2).unsqueeze(-2) - torch.diag_embed((total - own).transpose(1, 2))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, h, l, ·)
+    y = (q @ k.mT * decay * weight) @ v
+    from_state = torch.exp(a.masked_fill(segment > 0, -math.inf)).unsqueeze(-1)  # (b, h, l, 1)
+    y = y + from_state * (q @ state.mT)
+    to_state = (decay[..., -1, :] * total.transpose(1, 2)).unsqueeze(-1)
+    state = from_state[..., -1:, :] * state + (to_state * v).mT @ k
+    return y.transpose(1, 2), state
 
 
 def _weights(trap: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ssmvision.layers import (
     Mamba3,
     MotionMambaUNet,
     SMambaLayer,
+    mamba3,
 )
 from ssmvision.layers.fscil import separation_loss, suppression_loss
 from ssmvision.layers.mamba2 import RMSNormGated
@@ -138,6 +139,7 @@ def test_trapezoid_without_decay_stays_finite_and_continues():
     faint = given | {"a_dt": torch.full_like(given["a_dt"], -1e-9)}
     y, _ = trapezoidal_scan(**nothing)
     torch.testing.assert_close(y, trapezoidal_scan(**faint)[0], rtol=1e-6, atol=1e-6)
+    assert trapezoidal_scan(**nothing)[1].ssm.isfinite().all()
     tokens = [name for name in given if not name.endswith("bias")]
     whole, last = trapezoidal_scan(**given)
     first, state = trapezoidal_scan(**(given | {name: given[name][:, :6] for name in tokens}))
@@ -145,6 +147,47 @@ def test_trapezoid_without_decay_stays_finite_and_continues():
     torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-9, atol=1e-9)
     for found, wanted in zip(state, last, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_trapezoid_in_chunks_of_any_length(monkeypatch):
+    given = scan_arguments()
+    start = mamba3.Mamba3State(*(torch.randn_like(x) for x in trapezoidal_scan(**given)[1]))
+    reset = torch.zeros(2, 11, dtype=torch.bool)
+    reset[0, [2, 3, 8]] = reset[1, 0] = True
+    wanted = trapezoidal_scan(**given, state=start, reset=reset)
+    for chunk in (1, 3, 11):
+        monkeypatch.setattr(mamba3, "CHUNK", chunk)
+        y, last = trapezoidal_scan(**given, state=start, reset=reset)
+        for found, want in zip((y, *last), (wanted[0], *wanted[1]), strict=True):
+            torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-8])
+def test_trapezoid_gradients_of_slow_decays_are_exact_in_float32(scale):
+    """They are differences of decays and drives; nothing may divide by the decay's logarithm."""
+    given = scan_arguments(l=40)
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        a_dt = (scale * given["a_dt"]).to(dtype).requires_grad_()
+        others = {name: x.to(dtype) for name, x in given.items() if name != "a_dt"}
+        trapezoidal_scan(**others, a_dt=a_dt)[0].square().mean().backward()
+        grads.append(a_dt.grad)
+    assert (grads[1] - grads[0]).abs().max() < 1e-5 * grads[0].abs().max()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "dt", "a_dt", "trap", "q_bias", "k_bias"])
+def test_trapezoid_names_what_does_not_fit(name):
+    given = scan_arguments()
+    wrong = given | {name: torch.cat([given[name], given[name]], -1)}
+    with pytest.raises(RuntimeError, match=r"^trapezoidal_scan: \w+ has shape .* expected "):
+        trapezoidal_scan(**wrong)
+
+
+def test_trapezoid_turns_no_more_states_than_there_are():
+    with pytest.raises(RuntimeError, match="4 angles turn 8 states, but there are 6"):
+        trapezoidal_scan(**scan_arguments(s=4))
+    with pytest.raises(RuntimeError, match=r"the groups of q and k \(3\) must divide 4 heads"):
+        trapezoidal_scan(**scan_arguments(g=3))
 
 
 def test_trapezoid_gradients():
