@@ -260,7 +260,7 @@ _SEG = NetworkCfg(
     paper_ids="arXiv:2402.03526",
     origin_url="https://github.com/lhaof/nnMamba",
     license="none stated",
-    by_hand="the Google Drive folder that https://github.com/lhaof/nnMamba links",
+    by_hand="https://github.com/lhaof/nnMamba",
     input_size=(1, 128, 128, 128),
     results=(
         ("BraTS2023 Dice, mean of WT, TC, ET", "89.97"),

@@ -13,8 +13,9 @@ CASES = [
 ]  # fmt: skip
 
 # In these an activation sits so near the kink of a ReLU that float32 leaves its side open: the official gradients too
-# are off those in float64, by 0.2 % (segmamba) and 2 % (umamba_enc_2d), and rounding decides. Outputs do not notice.
-ON_A_KINK = {"segmamba": 5e-2, "umamba_enc_2d": 5e-2}
+# are off those in float64, by 0.2 % (segmamba, umamba_enc_3d) and 3 % (umamba_enc_2d) of the largest, and rounding
+# decides. Outputs do not notice.
+ON_A_KINK = {"segmamba": 5e-2, "umamba_enc_2d": 5e-2, "umamba_enc_3d": 5e-3}
 
 
 @pytest.mark.parametrize("case", CASES)
