@@ -154,7 +154,7 @@ class LightMUNet(nn.Module):
 
 # Official key → ours: each convolution sits in a container of one.
 _RENAMES = (
-    (r"\.conv\.(weight|bias)$", r".\1"),
+    (r"(\d)\.conv\.(weight|bias)$", r"\1.\2"),
     (r"^convInit\b", "stem"),
     (r"^conv_final\b", "head"),
 )

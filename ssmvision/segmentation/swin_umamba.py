@@ -189,9 +189,8 @@ class SwinUMambaD(nn.Module):
         return self.decoder(self.vssm_encoder(x))
 
 
-# Official key → ours.
+# Official key → ours, outside of what is made of VSS blocks.
 _RENAMES = (
-    *VSS_RENAMES,
     *UNETR_RENAMES,
     (r"^encoder(\d)", lambda match: f"encoders.{int(match[1]) - 1}"),
     (r"^decoder1", "last"),
@@ -199,9 +198,13 @@ _RENAMES = (
 )
 
 
+def _ours(key: str) -> str:
+    return rename(key, VSS_RENAMES if key.startswith(("vssm_encoder.", "decoder.")) else _RENAMES)
+
+
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Official keys → ours; ours pass unchanged."""
-    return {rename(key, _RENAMES): value for key, value in state_dict.items()}
+    return {_ours(key): value for key, value in state_dict.items()}
 
 
 def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialModel:
@@ -222,9 +225,7 @@ def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialMod
     _demand("dims", kwargs, features[1:])
     _demand("hidden_size", kwargs, features[-1])
     model = SwinUMamba(kwargs.get("in_chans", 1), kwargs.get("out_chans", 13), features, **shared)
-    return OfficialModel(
-        model, lambda name: [Tap(rename(name, _RENAMES), nhwc if name.startswith("vssm_encoder") else as_is)]
-    )
+    return OfficialModel(model, lambda name: [Tap(_ours(name), nhwc if name.startswith("vssm_encoder") else as_is)])
 
 
 def _demand(name: str, kwargs: Mapping[str, Any], value: Any) -> None:

@@ -14,11 +14,21 @@ MANIFESTS = Path(__file__).parents[1] / "manifests" / "segmentation"
 
 # Manifest → our name. Those that the authors trained first, or only, have the short names.
 NAMES = {
+    "h_vmunet": "h_vmunet",
+    "lightm_unet_lits_3d": "lightm_unet_3d",
+    "lightm_unet_xray_2d": "lightm_unet_2d",
     "lkm_unet_abdomenct_3d": "lkm_unet_3d",
     "lkm_unet_abdomenmr_2d": "lkm_unet_2d",
     "nnmamba_cls": "nnmamba_cls",
     "nnmamba_seg": "nnmamba_seg",
     "segmamba_brats2023": "segmamba",
+    "swin_umamba_abdomenmr": "swin_umamba",
+    "swin_umamba_d_abdomenmr": "swin_umamba_d",
+    "swin_umamba_d_endoscopy": "swin_umamba_d_endoscopy",
+    "swin_umamba_d_microscopy": "swin_umamba_d_microscopy",
+    "swin_umamba_endoscopy": "swin_umamba_endoscopy",
+    "swin_umamba_microscopy": "swin_umamba_microscopy",
+    "ultralight_vm_unet": "ultralight_vm_unet",
     "umamba_bot_abdomenct_3d": "umamba_bot_3d",
     "umamba_bot_abdomenmr_2d": "umamba_bot_2d",
     "umamba_bot_abdomenmr_3d": "umamba_bot_3d_abdomenmr",
@@ -29,6 +39,10 @@ NAMES = {
     "umamba_enc_abdomenmr_3d": "umamba_enc_3d_abdomenmr",
     "umamba_enc_endoscopy_2d": "umamba_enc_2d_endoscopy",
     "umamba_enc_microscopy_2d": "umamba_enc_2d_microscopy",
+    "vivim_b3": "vivim_b3",
+    "vm_unet_d2222": "vm_unet",
+    "vm_unet_d2292": "vm_unet_d2292",
+    "vm_unet_v2": "vm_unet_v2",
 }
 
 

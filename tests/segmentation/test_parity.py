@@ -8,8 +8,9 @@ from ssmvision.engine.verify import verify_case
 
 PARITY = Path(__file__).parents[1] / "parity"
 CASES = [
-    "lkm_unet_2d", "lkm_unet_3d", "nnmamba_cls", "nnmamba_seg", "segmamba", "umamba_bot_2d", "umamba_bot_3d",
-    "umamba_enc_2d", "umamba_enc_3d",
+    "h_vmunet", "lightm_unet_2d", "lightm_unet_3d", "lkm_unet_2d", "lkm_unet_3d", "nnmamba_cls", "nnmamba_seg",
+    "segmamba", "swin_umamba", "swin_umamba_d", "ultralight_vm_unet", "umamba_bot_2d", "umamba_bot_3d",
+    "umamba_enc_2d", "umamba_enc_3d", "vivim", "vm_unet", "vm_unet_v2",
 ]  # fmt: skip
 
 # In these an activation sits so near the kink of a ReLU that float32 leaves its side open: the official gradients too

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ssmvision
-from ssmvision.models._networks import network_cfg
+from ssmvision.models._networks import family_of, network_cfg
 from ssmvision.segmentation import h_vmunet, lightm_unet, swin_umamba, ultralight_vm_unet, vivim, vm_unet
 
 MICRO = [
@@ -32,6 +32,13 @@ def test_logits_have_the_size_of_the_input(name: str, twin: str) -> None:
     x = _input(name)
     logits = _build(name + twin, num_classes=3)(x)
     assert logits.shape == (1, 3, *x.shape[2:])
+
+
+@pytest.mark.parametrize("twin", ["", "_nossm"])
+@pytest.mark.parametrize("name", MICRO)
+def test_our_own_keys_pass_unchanged(name: str, twin: str) -> None:
+    model = _build(name + twin)
+    assert family_of(name).checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", MICRO)
