@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmvision.engine.benchmark import interleaved
+from ssmvision.engine.benchmark.timing import interleaved
 from ssmvision.layers import ConvS5
 from ssmvision.models.convs5 import (
     ConvLSTMPredictor,
