@@ -154,13 +154,14 @@ class ConvS5(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """HiPPO-LegS eigenvalues, B and C in their eigenvectors' basis, log-uniform steps."""
-        Lambda, _, _, V = nplr("legs", self.ssm_size // self.ssm_blocks)
+        (p, u, *k, _), (_, _, *k_C, _) = self.B.shape, self.C.shape
+        with torch.device("cpu"):  # eigenvalues cannot be found on the meta device
+            Lambda, _, _, V = nplr("legs", self.ssm_size // self.ssm_blocks)
+            V = torch.block_diag(*[V.to(torch.complex64)] * self.ssm_blocks)
+            B = nn.init.kaiming_normal_(torch.empty(2 * p, u, *k)).to(V)
+            C = nn.init.kaiming_normal_(torch.empty(u, 2 * p, *k_C)).to(V)
         self.Lambda_re.copy_(Lambda.real.repeat(self.ssm_blocks))
         self.Lambda_im.copy_(Lambda.imag.repeat(self.ssm_blocks))
-        V = torch.block_diag(*[V.to(torch.complex64)] * self.ssm_blocks)
-        (p, u, *k, _), (_, _, *k_C, _) = self.B.shape, self.C.shape
-        B = nn.init.kaiming_normal_(torch.empty(2 * p, u, *k)).to(V)
-        C = nn.init.kaiming_normal_(torch.empty(u, 2 * p, *k_C)).to(V)
         self.B.copy_(torch.view_as_real(torch.einsum("np,n...->p...", V.conj(), B)))
         self.C.copy_(torch.view_as_real(torch.einsum("np,un...->up...", V, C)))
         init_log_dt_(self.log_step, *self.dt_range)
