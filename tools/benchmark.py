@@ -13,7 +13,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler reports a mis
 import torch
 
 from ssmvision.engine import benchmark
-from ssmvision.engine.benchmark import Bar, operators
+from ssmvision.engine.benchmark import Bar, operators, video
 from ssmvision.ops import backend_info
 
 EPILOG = """
@@ -26,6 +26,9 @@ examples:
 
   any models, side by side in one run; the first is the yardstick
     python tools/benchmark.py models --models swin_tiny_patch4_window7_224 vmamba_tiny_s1l8 --img-size 384 --train
+
+  ConvS5 beside ConvLSTM and Transformers: steps of training, generation, packed clips
+    python tools/benchmark.py convs5 --threads 2
 
 Everything that is compared runs in turn in one process. Times are lower quartiles. Read the ratios: absolute
 times belong to the machine named in the first line. "met" and "NOT met" judge a figure against the bar set for it.
@@ -50,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmark.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("ops", "models"), help="Scan operators, or whole models.")
+    parser.add_argument("what", choices=("ops", "models", "convs5"), help="Scan operators, models, video.")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1).")
     parser.add_argument("--repeats", type=int, default=0, metavar="N", help="Timed runs (default: 30 ops, 7 models).")
     parser.add_argument("--shapes", nargs="+", choices=tuple(benchmark.OPS), metavar="NAME", help="Scans to measure.")
@@ -136,6 +139,34 @@ def print_pair(yardstick: str, ours: str, size: int, train: bool, repeats: int) 
             print_figure(figure, value, bar)
 
 
+def print_convs5(repeats: int, frames: int = 300, lengths: tuple[int, int] = (50, 1200)) -> None:
+    """One table of training, one of generation, and what resets cost and save; of width and depth that are equal."""
+    print(f"one step of training on two clips of {frames} frames: the whole model, its sequence model alone")
+    trained = video.training(frames, repeats)
+    for name, found in trained.items():
+        print(f"  {name:24s} {found['ms']:8.0f} ms {found['sequence ms']:8.0f} ms {found['flop'] / 1e9:8.1f} GFLOP "
+              f"{found['parameters']:9d} parameters")  # fmt: skip
+    for kind, bar in (("ms", None), ("sequence ms", Bar(3))):
+        print_figure(f"ConvLSTM / ConvS5, {kind}", trained["ConvLSTM"][kind] / trained["ConvS5"][kind], bar)
+
+    short, long = lengths
+    print(f"\none more frame, after {short} and {long} frames: milliseconds, and bytes of the state")
+    generated, states = video.generation(lengths, repeats), video.state_bytes(lengths)
+    for name, ms in generated.items():
+        state = states.get(name, {})
+        print(f"  {name:40s}" + "".join(f" {ms[at]:8.2f} ms {state.get(at, ''):>8}" for at in lengths))
+    for part, bar in (("", None), (", sequence model", Bar(100))):
+        ours, uncached = generated[f"ConvS5{part}"], generated[f"Transformer, no cache{part}"]
+        print_figure(f"no cache / ConvS5{part}", uncached[long] / ours[long], bar)
+    growth = generated["ConvS5"][long] / generated["ConvS5"][short]
+    print_figure(f"ConvS5 at {long} / {short}", growth, Bar(1.1, at_least=False))
+
+    print("\nclips of 120 and of 30 frames, one layer forward and backward")
+    packed = video.packed_clips(repeats)
+    print_figure("with / without resets", packed["resets"], Bar(1.15, at_least=False))
+    print_figure("packed / padded clips/s", packed["clips/s"], Bar(1.5))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmarks and prints them; returns the exit status."""
     args = build_parser().parse_args(argv)
@@ -143,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(benchmark.hardware() + "\n", flush=True)
     if args.what == "ops":
         print_ops(args.shapes or (), args.repeats or 30)
+        return 0
+    if args.what == "convs5":
+        print_convs5(args.repeats or 10)
         return 0
     pairs = list(PAIRS)
     if args.models:

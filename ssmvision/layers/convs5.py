@@ -3,7 +3,6 @@
 Letters: b batch, t frame, u channels, p complex states, k kernel, h height, w width.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers.hippo import init_log_dt_, nplr
 from ssmvision.ops import linear_scan, linear_scan_step
 
 __all__ = ["ConvS5", "per_frame"]
@@ -154,16 +154,17 @@ class ConvS5(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """HiPPO-LegS eigenvalues, B and C in their eigenvectors' basis, log-uniform steps."""
-        Lambda, V = _legs_eigen(self.ssm_size // self.ssm_blocks)
+        (p, u, *k, _), (_, _, *k_C, _) = self.B.shape, self.C.shape
+        with torch.device("cpu"):  # eigenvalues cannot be found on the meta device
+            Lambda, _, _, V = nplr("legs", self.ssm_size // self.ssm_blocks)
+            V = torch.block_diag(*[V.to(torch.complex64)] * self.ssm_blocks)
+            B = nn.init.kaiming_normal_(torch.empty(2 * p, u, *k)).to(V)
+            C = nn.init.kaiming_normal_(torch.empty(u, 2 * p, *k_C)).to(V)
         self.Lambda_re.copy_(Lambda.real.repeat(self.ssm_blocks))
         self.Lambda_im.copy_(Lambda.imag.repeat(self.ssm_blocks))
-        V = torch.block_diag(*[V] * self.ssm_blocks)
-        (p, u, *k, _), (_, _, *k_C, _) = self.B.shape, self.C.shape
-        B = nn.init.kaiming_normal_(torch.empty(2 * p, u, *k)).to(V)
-        C = nn.init.kaiming_normal_(torch.empty(u, 2 * p, *k_C)).to(V)
         self.B.copy_(torch.view_as_real(torch.einsum("np,n...->p...", V.conj(), B)))
         self.C.copy_(torch.view_as_real(torch.einsum("np,un...->up...", V, C)))
-        nn.init.uniform_(self.log_step, math.log(self.dt_range[0]), math.log(self.dt_range[1]))
+        init_log_dt_(self.log_step, *self.dt_range)
 
     def forward(
         self, u: Tensor, state: Optional[Tensor] = None, reset: Optional[Tensor] = None
@@ -213,12 +214,3 @@ def _observe(x: Tensor, C: Tensor, dtype: torch.dtype) -> Tensor:
     """2 Re(C * x): states (n, p, h, w) complex → (n, dim, h, w) of a type."""
     weight = torch.cat([2 * C.real, -2 * C.imag], dim=1)
     return F.conv2d(torch.cat([x.real, x.imag], dim=1).to(dtype), weight.to(dtype), padding="same")
-
-
-def _legs_eigen(n: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n / 2) and eigenvectors (n, n / 2) of HiPPO-LegS's normal part, one of each conjugate pair."""
-    root = (torch.arange(n, dtype=torch.float64) + 0.5).sqrt()
-    outer = torch.outer(root, root)
-    imaginary, V = torch.linalg.eigh(-1j * (outer.triu(1) - outer.tril(-1)))
-    half = slice(n // 2)
-    return torch.complex(torch.full_like(imaginary[half], -0.5), imaginary[half]), V[:, half].to(torch.complex64)

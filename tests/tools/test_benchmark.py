@@ -100,3 +100,11 @@ def test_models_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         torch.set_num_threads(threads)
     assert "test_vmamba forward + backward at 64" in capsys.readouterr().out
+
+
+def test_convs5_beside_its_baselines(capsys: pytest.CaptureFixture[str]) -> None:
+    tool.print_convs5(repeats=1, frames=3, lengths=(2, 4))
+    out = capsys.readouterr().out
+    assert out.count("GFLOP") == 3
+    assert "no cache / ConvS5, sequence model" in out
+    assert out.count("bar") == 5
