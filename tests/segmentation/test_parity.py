@@ -13,11 +13,6 @@ CASES = [
     "umamba_enc_2d", "umamba_enc_3d", "vivim", "vm_unet", "vm_unet_v2",
 ]  # fmt: skip
 
-# In these an activation sits so near the kink of a ReLU that float32 leaves its side open: the official gradients too
-# are off those in float64, by 0.2 % (segmamba, umamba_enc_3d) and 3 % (umamba_enc_2d) of the largest, and rounding
-# decides. Outputs do not notice.
-ON_A_KINK = {"segmamba": 5e-2, "umamba_enc_2d": 5e-2, "umamba_enc_3d": 5e-3}
-
 
 @pytest.mark.parametrize("case", CASES)
 def test_official_code_is_matched(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,5 +28,4 @@ def test_official_code_is_matched_by_the_definition(monkeypatch: pytest.MonkeyPa
 def _check(case: str) -> None:
     result = verify_case(PARITY / case)
     assert set(result.worst) == {"output", "feature", "gradient"}, str(result)
-    limits = {"output": 1.0, "feature": 1.0, "gradient": ON_A_KINK.get(case, 1e-4) / 1e-4}
-    assert all(worst <= limits[kind] for kind, (worst, _) in result.worst.items()), str(result)
+    assert result.ok, str(result)

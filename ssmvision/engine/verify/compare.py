@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,7 +43,11 @@ class Verification:
 
 
 def compare(
-    name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], meta: Mapping[str, Any]
+    name: str,
+    found: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    rounding: Mapping[str, float] = MappingProxyType({}),
 ) -> Verification:
     """Compare tensors by name.
 
@@ -51,6 +56,7 @@ def compare(
         found: Ours; "output...", "feat..." and "grad..." tell what a tensor is.
         wanted: The official ones; NaN marks entries of which nothing is known.
         meta: The case's `tolerance`, `grad_tolerance` and `output_absmax`.
+        rounding: What is to be added to the absolute tolerance of some tensors.
     """
     worst: dict[str, tuple[float, str]] = {}
     loss = sum(want.pow(2).mean().item() for key, want in wanted.items() if key.partition(".")[0] == "output")
@@ -60,7 +66,8 @@ def compare(
         if found[key].shape != want.shape:
             return Verification(name, worst, f"{key} is {tuple(found[key].shape)}, expected {tuple(want.shape)}")
         kind = "gradient" if key.startswith("grad") else "feature" if key.startswith("feat") else "output"
-        fraction = _fraction(found[key], want, _tolerance(kind, want, meta, loss))
+        rtol, atol = _tolerance(kind, want, meta, loss)
+        fraction = _fraction(found[key], want, (rtol, atol + rounding.get(key, 0.0)))
         worst[kind] = max(worst.get(kind, (-1.0, "")), (fraction, key))
     return Verification(name, {kind: worst[kind] for kind in KINDS if kind in worst})
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +52,10 @@ def verify_network(case: Case) -> Verification:
     found |= _gradients(inner, found.pop("loss"), inputs)
     found |= _variants(official, inputs, expected)
     wanted |= expected_gradients(family, inner, case.weights, expected)
-    return compare(case.name, found, wanted, case.meta)
+    result = compare(case.name, found, wanted, case.meta)
+    if result.ok or result.problem:
+        return result
+    return compare(case.name, found, wanted, case.meta, _rounding(official, wanted, expected))
 
 
 def _family(case: Case) -> Any:
@@ -91,6 +97,31 @@ def _run(official: Any, features: list[str], expected: dict[str, Tensor]) -> dic
     for index, output in enumerate(outputs):
         found[f"output.{index}" if index else "output"] = output.detach()
     return found | {"loss": sum(output.pow(2).mean() for output in outputs), "inputs": inputs}
+
+
+# How much of a gradient rounding may explain. Where an activation sits on the kink of a ReLU, float32 decides its side
+# by chance, in the official code as here: among the golden cases that moved gradients by up to 3 %.
+_MOST_ROUNDING = 0.05
+
+
+def _rounding(official: Any, wanted: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """For each official gradient twice its distance from ours in float64, so far as rounding can explain it."""
+    double = {key: x.detach().double() if x.is_floating_point() else x for key, x in expected.items()}
+    network = copy.deepcopy(getattr(official.model, "model", official.model)).double()
+    for module in network.modules():
+        module._forward_hooks.clear()
+    inputs = [double[key].requires_grad_() for key in _numbered("input", double)]
+    with mock.patch.dict(os.environ, SSMVISION_BACKEND="reference"):
+        result = network(*inputs, *(double[name] for name in official.inputs if name in double))
+        outputs = list(result) if isinstance(result, (list, tuple)) else [result]
+        exact = _gradients(network, torch.stack([y.pow(2).mean() for y in outputs]).sum(), inputs)
+    found = {}
+    for key in wanted.keys() & exact.keys():
+        known = ~wanted[key].isnan()
+        want = wanted[key][known].double()
+        missed = (want - exact[key][known]).abs().max().item()
+        found[key] = min(2 * missed, _MOST_ROUNDING * want.abs().max().item())
+    return found
 
 
 def _variants(official: Any, inputs: list[Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
