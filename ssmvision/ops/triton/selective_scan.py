@@ -186,7 +186,7 @@ def _forward_kernel(
     known = c < DIM
     batch = (tl.program_id(0) // tl.cdiv(DIM, CHANNELS) // (ROUTES // WALKS)).to(tl.int64)
     first = tl.program_id(0) // tl.cdiv(DIM, CHANNELS) % (ROUTES // WALKS) * WALKS
-    for walk in range(WALKS * tl.cdiv(STATES, BLOCK)):
+    for walk in tl.range(0, WALKS * tl.cdiv(STATES, BLOCK), disable_licm=not RELOAD):
         k = first + walk // tl.cdiv(STATES, BLOCK)
         n = walk % tl.cdiv(STATES, BLOCK) * BLOCK
         inside = _inside(n, known, STATES, BLOCK)
