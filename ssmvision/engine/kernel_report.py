@@ -179,7 +179,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
 
     counts = {"MUFU": len(re.findall(r"v_exp_f32", text)), "FFMA": len(re.findall(r"v_(?:pk_)?fma\w*_f32", text))}
     return {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count"),
-            "shared": number("group_segment_fixed_size"), "counts": counts}  # fmt: skip
+            "shared": compiled.metadata.shared, "counts": counts}  # fmt: skip
 
 
 def _width(text: str, kernel: Any, name: str) -> int:

@@ -29,6 +29,28 @@ def test_kernels_compile_within_their_budgets(monkeypatch, operator, target):
         assert min(found.widths.values()) == 128
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operator", "name", "dtype", "target"),
+    [
+        ("selective_scan", "forward, VMamba", "bfloat16", "sm_80"),
+        ("selective_scan", "forward, Vim", "bfloat16", "sm_80"),
+        ("selective_scan", "backward, Vim", "bfloat16", "sm_80"),
+        ("selective_scan", "forward, Vim", "float32", "sm_80"),
+        ("selective_scan", "forward, Vim", "float32", "gfx942"),
+        ("ssd_scan", "forward, y", "bfloat16", "gfx942"),
+        ("ssd_scan", "forward, y", "float32", "gfx942"),
+        ("ssd_scan", "backward, step and A", "float32", "gfx942"),
+    ],
+)
+def test_the_tightest_kernels_compile_within_their_budgets(monkeypatch, operator, name, dtype, target):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (variant,) = (v for v in kernels(operator, dtype, target) if v.name.endswith(name))
+    found = examine(variant, target)
+    assert not found.broken, found
+
+
 def test_broken_budgets_are_told():
     found = Finding("x", 129, 128, 8, 50_000, {"u_ptr": 64}, {})
     assert found.broken == [

@@ -18,9 +18,10 @@ CASES = [
     *(f"selective_scan, {name}" for name in (
         "plain", "everything", "across the border of a chunk", "growing", "several tiles", "two groups of whole tiles",
         "blocks of states", "strided", "channels last", "apart", "no routes, merged", "random", "subset",
-        "bidirectional", "cross", "column", "serpentine", "window", "atrous", "volume", "bfloat16",
+        "bidirectional", "cross", "column", "serpentine", "window", "atrous", "volume", "bfloat16", "float16",
     )),
     *(f"golden selective_scan, case{i}" for i in range(6)), "golden selective_scan_2d",
+    *(f"golden linear_scan, case{i}" for i in range(3)), *(f"golden ssd_scan, case{i}" for i in range(4)),
 ]  # fmt: skip
 
 

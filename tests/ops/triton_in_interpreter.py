@@ -8,13 +8,25 @@ import math
 import warnings
 
 import torch
+from safetensors.torch import load_file
 from scan_cases import Case, cast, error, make
 from scan_cases import evaluate as evaluate_scan
+from test_linear_scan import FOLDER as LINEAR
+from test_linear_scan import META as META_LINEAR
 from test_scan_2d import NAMES as NAMES_2D
 from test_scan_2d import golden as golden_2d
 from test_selective_scan_golden import META, arguments, golden, in_our_types
+from test_ssd_scan import META as META_SSD
+from test_ssd_scan import golden as golden_ssd
 
-from ssmvision.ops import causal_conv1d, linear_scan, selective_scan, selective_scan_2d, ssd_scan
+from ssmvision.ops import (
+    causal_conv1d,
+    linear_scan,
+    resets_from_seq_idx,
+    selective_scan,
+    selective_scan_2d,
+    ssd_scan,
+)
 
 EVERYTHING = {"D": True, "bias": True, "softplus": True, "initial": True}
 SELECTIVE = {
@@ -103,6 +115,27 @@ def report_golden():
     tell("golden selective_scan_2d", [error(x, exact[name]) for x, name in pairs])
 
 
+def report_golden_linear():
+    tensors = load_file(LINEAR / "io.safetensors")
+    for case in META_LINEAR["kwargs"]:
+        a, x, h0 = inputs = [tensors[f"{case}.{name}"].float().requires_grad_() for name in ("a", "x", "h0")]
+        h, _ = linear_scan(a, x, h0, reset=tensors[f"{case}.resets"].bool(), backend="triton")
+        grads = torch.autograd.grad(h, inputs, tensors[f"{case}.grad_out"].to(h.dtype))
+        errors = [0.4 * error(g, tensors[f"{case}.grad_{n}"]) for g, n in zip(grads, ("a", "x", "h0"), strict=True)]
+        tell(f"golden linear_scan, {case}", [error(h, tensors[f"{case}.out"]), *errors])
+
+
+def report_golden_ssd():
+    for case, options in META_SSD["kwargs"].items():
+        tensors, inputs = golden_ssd(case)
+        given = {"initial_state" if name == "initial_states" else name: x for name, x in inputs.items()}
+        reset = resets_from_seq_idx(tensors["seq_idx"]) if "seq_idx" in tensors else None
+        y, last = ssd_scan(**given, dt_softplus=options["softplus"], reset=reset, backend="triton")
+        torch.autograd.backward([y, last], [tensors["grad_out"], tensors["grad_final_state"]])
+        grads = [0.4 * error(x.grad, tensors[f"grad.{name}"]) for name, x in inputs.items()]
+        tell(f"golden ssd_scan, {case}", [error(y, tensors["out"]), error(last, tensors["final_state"]), *grads])
+
+
 def main():
     warnings.simplefilter("error", RuntimeWarning)  # an overflow, also of a number that is then not used
     torch.manual_seed(0)
@@ -152,7 +185,10 @@ def main():
     for name, case in SELECTIVE.items():
         report_selective(name, case)
     report_selective("bfloat16", Case(l=9, softplus=True, D=True, layout="last"), torch.bfloat16)
+    report_selective("float16", Case(l=9, softplus=True, D=True, layout="last"), torch.float16)
     report_golden()
+    report_golden_linear()
+    report_golden_ssd()
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ class Launch(NamedTuple):
             limit = {"maxnreg": self.registers}
         elif self.registers and self.num_warps == 1:
             limit = {"waves_per_eu": 512 // self.registers}
+        if backend == "hip":
+            limit["matrix_instr_nonkdim"] = 16  # of 16 x 16: those of 32 x 32 take more registers
         return {"num_warps": self.num_warps, "num_stages": 1, **limit}
 
 

@@ -118,7 +118,7 @@ def _forward_launch(
     block = min(_STATES, power_of_two(A.shape[2]))
     arguments, constants = _shared(u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes, lanes)
     arguments |= {"y_ptr": y, **strides("y", y, "b", "k", "d", "l"), "last_ptr": last, "saved_ptr": checkpoints}
-    constants |= {"WALKS": walks, "BLOCK": block, "SOFTPLUS": delta_softplus}
+    constants |= {"WALKS": walks, "RELOAD": lanes == 32, "BLOCK": block, "SOFTPLUS": delta_softplus}
     grid = (u.shape[0] * (k // walks) * triton.cdiv(u.shape[2], lanes),)
     return Launch(_forward_kernel, grid, arguments, constants, num_warps=1, registers=_REGISTERS)
 
@@ -176,8 +176,8 @@ def _forward_kernel(
     delta_b: tl.tensor, delta_k: tl.tensor, delta_r: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor,
     B_g: tl.tensor, B_n: tl.tensor, B_l: tl.tensor, B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor,
     C_n: tl.tensor, C_l: tl.tensor, C_per: tl.tensor, reset_b: tl.tensor, reset_k: tl.tensor, y_b: tl.tensor,
-    y_k: tl.tensor, y_d: tl.tensor, y_l: tl.tensor, WALKS: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ROUTES: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr,
+    y_k: tl.tensor, y_d: tl.tensor, y_l: tl.tensor, WALKS: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ROUTES: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr,
     UNIFORM_C: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of channels of one sample along one route, or along several and in several blocks of states in turn."""
@@ -186,12 +186,13 @@ def _forward_kernel(
     known = c < DIM
     batch = (tl.program_id(0) // tl.cdiv(DIM, CHANNELS) // (ROUTES // WALKS)).to(tl.int64)
     first = tl.program_id(0) // tl.cdiv(DIM, CHANNELS) % (ROUTES // WALKS) * WALKS
-    for walk in range(WALKS * tl.cdiv(STATES, BLOCK)):
+    for walk in tl.range(0, WALKS * tl.cdiv(STATES, BLOCK), disable_licm=not RELOAD):
         k = first + walk // tl.cdiv(STATES, BLOCK)
         n = walk % tl.cdiv(STATES, BLOCK) * BLOCK
         inside = _inside(n, known, STATES, BLOCK)
         states = _places(n, c, lane, DIM, BLOCK)
-        A2 = tl.load(A_ptr + k * STATES * DIM + states, mask=inside, other=0.0) * LOG2E
+        if not RELOAD:
+            A2 = tl.load(A_ptr + k * STATES * DIM + states, mask=inside, other=0.0) * LOG2E
         h = tl.zeros((BLOCK, CHANNELS), tl.float32)
         if initial_ptr is not None:
             h = tl.load(initial_ptr + (batch * ROUTES + k) * STATES * DIM + states, mask=inside, other=0.0)
@@ -212,6 +213,8 @@ def _forward_kernel(
                 # The tuples turn, so that a loop need not be unrolled, whose steps would all be begun at once.
                 us, dts = _rows(u), _rows(dt)
                 ys = tl.tuple([tl.zeros((CHANNELS,), tl.float32)] * STEPS)
+                if RELOAD:  # A takes no registers while delta is projected; on AMD, the addresses would take as many
+                    A2 = tl.load(A_ptr + k * STATES * DIM + states, mask=inside, other=0.0) * LOG2E
                 for i in tl.range(0, STEPS, disable_licm=True):
                     t = _token(routes_ptr, k, start + i, steps)
                     B = _coefficient(B_row, t * B_l, n, inside, UNIFORM_B, STATES, BLOCK)
@@ -391,7 +394,8 @@ def _token(routes_ptr: tl.tensor, k: tl.tensor, s: tl.tensor, steps: tl.tensor) 
     if routes_ptr is None:
         return s.to(tl.int64)
     else:
-        return tl.load(routes_ptr + k * steps + s)
+        token = tl.load(routes_ptr + k * steps + s)
+        return token.to(tl.int32).to(tl.int64)  # which waits in one register and is widened by a product with a stride
 
 
 @triton.jit

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import CHUNK, Gradients
-from ._common import LOG2E, Launch, Variant, power_of_two
+from ._common import LOG2E, Launch, Variant, power_of_two, warp_size
 
 _QUANTUM = tl.constexpr(1 / 32)  # of coarse sums: no sum in a chunk needs more than a float's 24 bits
 _CUT = tl.constexpr(-8192.0)  # the exponent of a reset: 2^e is 0 whatever the other exponents of the chunk sum up to
@@ -42,6 +42,7 @@ class _Tiles(NamedTuple):
     rows: int
     inner: int
     outer: int
+    warps: int = 4  # 128 lanes: with more, what a lane reads of the smallest tile at a time is less than 128 bits
 
 
 _HALF = _Tiles(tl.bfloat16, steps=32, rows=64, inner=32, outer=64)
@@ -53,7 +54,7 @@ def forward(
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Fill `out` = (y, last state, checkpoints); shapes as in `ops.ssd_scan._forward`."""
-    for launch in _forward_launches(x, step, A, B, C, initial_state, reset, out):
+    for launch in _forward_launches(x, step, A, B, C, initial_state, reset, out, warp_size(x)):
         launch.run()
 
 
@@ -63,7 +64,8 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """Gradients of x, step, A, B, C and the initial state."""
     grads = _allocate_grads(x, step, B)
-    for launch in _backward_launches(dy, dlast, checkpoints, x, step, A, B, C, initial_state, reset, grads):
+    tensors = (x, step, A, B, C, initial_state, reset)
+    for launch in _backward_launches(dy, dlast, checkpoints, *tensors, grads, warp_size(x)):
         launch.run()
     dx, dstep, dA, dB, dC, dinitial = grads
     # Samples, chunks and heads are added in a fixed order, so that repeated runs agree to the last bit.
@@ -81,10 +83,10 @@ def _allocate_grads(x: Tensor, step: Tensor, B: Tensor) -> tuple[Tensor, Tensor,
 
 def _forward_launches(
     x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, reset: Tensor | None,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor, Tensor], lanes: int,
 ) -> list[Launch]:  # fmt: skip
     y, last, checkpoints = out
-    tiles = _tiles(x, B, C)
+    tiles = _tiles(lanes, x, B, C)
     sums, exponents = _exponents(step, A, reset, initial_state)
     return [
         exponents,
@@ -96,10 +98,11 @@ def _forward_launches(
 def _backward_launches(
     dy: Tensor, dlast: Tensor | None, checkpoints: Tensor, x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor,
     initial_state: Tensor | None, reset: Tensor | None, grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    lanes: int,
 ) -> list[Launch]:  # fmt: skip
     dx, dstep, dA, dB, dC, dinitial = grads
     (b, length, h, p), n = x.shape, B.shape[-1]
-    tiles = _tiles(x, B, C)
+    tiles = _tiles(lanes, x, B, C)
     sums, exponents = _exponents(step, A, reset, initial_state)
     # What the slopes need of the states' part, in partial sums over tiles: see _slopes_kernel.
     carried = step.new_empty(*checkpoints.shape[:3], _blocks(n, _STATE_N) * _blocks(p, _STATE_P))
@@ -119,9 +122,10 @@ def _backward_launches(
 _STATE_N, _STATE_P = 64, 32  # the tile of a state that a program carries along
 
 
-def _tiles(*tokens: Tensor) -> _Tiles:
+def _tiles(lanes: int, *tokens: Tensor) -> _Tiles:
     # float16 counts as float32: a state may be too large for it.
-    return _HALF if all(x.dtype == torch.bfloat16 for x in tokens) else _SINGLE
+    tiles = _HALF if all(x.dtype == torch.bfloat16 for x in tokens) else _SINGLE
+    return tiles if lanes == 32 else tiles._replace(rows=32, warps=2)
 
 
 def _block(size: int, most: int) -> int:
@@ -175,7 +179,7 @@ def _states(
         {**sums, **_operand("v", v, h), **_operand("z", z, h), "initial_ptr": initial, "states_ptr": states,
          "final_ptr": final, "saved_ptr": saved, "dots_ptr": dots, "length": z.shape[1], "heads": h, "n": n, "p": p},
         {"BACKWARD": saved is not None, "PRODUCT": tiles.product, "CHUNK": CHUNK, "STEPS": tiles.steps, **sizes},
-        num_warps=4,
+        num_warps=tiles.warps,
     )  # fmt: skip
 
 
@@ -195,7 +199,7 @@ def _attend(
          "states_ptr": states, "state_m": states.stride(-2), "state_o": states.stride(-1), "out_ptr": out,
          "state_dots_ptr": state_dots, "all_dots_ptr": all_dots, "length": length, "heads": h, "m": m, "o": o},
         {"LATER": later, "PRODUCT": tiles.product, "CHUNK": CHUNK, "ROWS": tiles.rows, "COLUMNS": 32, **sizes},
-        num_warps=4,
+        num_warps=tiles.warps,
         registers=232 if later or dots else 128,
     )  # fmt: skip
 
@@ -218,7 +222,7 @@ def _slopes(
         {"FROM_ZERO": initial_state is None, "PRODUCT": tiles.product, "CHUNK": CHUNK, "STATE_TILES": carried.shape[-1],
          "N_TILES": c_state.shape[2], "P_TILES": x_state.shape[2], "BLOCK_N": _block(n, tiles.inner),
          "BLOCK_P": _block(p, tiles.inner)},
-        num_warps=8,
+        num_warps=2 * tiles.warps,
     )  # fmt: skip
 
 
@@ -463,7 +467,7 @@ def _cut(reset_ptr: tl.tensor, sample: tl.tensor, t: tl.tensor, there: tl.tensor
     return cut
 
 
-def variants(dtype: torch.dtype, _lanes: int) -> list[Variant]:
+def variants(dtype: torch.dtype, lanes: int) -> list[Variant]:
     """Launches for the kernel report, with tokens in `dtype`: Mamba-2's usual head and state."""
     b, length, h, p, g, n = 8, 784, 12, 64, 1, 128
 
@@ -474,9 +478,9 @@ def variants(dtype: torch.dtype, _lanes: int) -> list[Variant]:
     step, A, state, reset = empty(b, length, h), empty(h), empty(b, h, p, n), empty(b, length, dtype=torch.bool)
     checkpoints, y = empty(b, h, triton.cdiv(length, CHUNK), n, p), empty(*x.shape)
     last = empty(b, h, n, p).transpose(-1, -2)
-    _, states, attend = _forward_launches(x, step, A, B, C, state, reset, (y, last, checkpoints))
+    _, states, attend = _forward_launches(x, step, A, B, C, state, reset, (y, last, checkpoints), lanes)
     _, dstates, dx, dC, dB, slopes = _backward_launches(
-        y, last, checkpoints, x, step, A, B, C, state, reset, _allocate_grads(x, step, B)
+        y, last, checkpoints, x, step, A, B, C, state, reset, _allocate_grads(x, step, B), lanes
     )
     tokens = ("u_ptr", "v_ptr", "z_ptr", "states_ptr")
     return [
