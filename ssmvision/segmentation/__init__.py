@@ -9,6 +9,7 @@ from . import (  # noqa: F401
     swin_umamba,
     ultralight_vm_unet,
     umamba,
+    unet,
     vivim,
     vm_unet,
 )

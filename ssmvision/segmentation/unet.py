@@ -1,0 +1,339 @@
+"""Generic U-Nets (arXiv:1505.04597): any hierarchical backbone as the encoder, or any token mixer in every stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from ssmvision.hub import NetworkCfg
+from ssmvision.layers import SS2D, BiMamba, Mamba, Mamba2
+from ssmvision.models._networks import register_network
+from ssmvision.ops import routes
+from ssmvision.segmentation._blocks import (
+    CONVS,
+    TRANSPOSED_CONVS,
+    ConvNormAct,
+    Decoder,
+    in_full_precision,
+    matching_twin,
+)
+from ssmvision.segmentation._shapes import check_input
+
+__all__ = ["MIXERS", "SS3D", "MixerUNet", "UNet2d"]
+
+
+def _padded(x: Tensor, stride: int) -> Tensor:
+    """Maps (b, c, *size) with zeros at their ends, up to a multiple of `stride` that is at least the second.
+
+    Training cannot normalize a map of one position, so the coarsest one gets two along each axis.
+    """
+    short = [max(2, math.ceil(side / stride)) * stride - side for side in x.shape[2:]]
+    return F.pad(x, [pad for missing in reversed(short) for pad in (0, missing)]) if any(short) else x
+
+
+def _cropped(x: Tensor, size: Sequence[int]) -> Tensor:
+    for axis, side in enumerate(size, start=2):
+        x = x.narrow(axis, 0, side)
+    return x
+
+
+class UNet2d(nn.Module):
+    """A backbone and a decoder of up-convolution, concatenation with the skip and two convolutions per step.
+
+    Logits (b, out_channels, h, w) for images (b, in_channels, h, w) of any size: zeros fill them up to the stride.
+
+    Args:
+        encoder: Name of a hierarchical backbone of this package or of timm.
+        in_channels: Input channels.
+        out_channels: Classes, the background included.
+        decoder_channels: Channels after each step of the decoder, coarsest first: one for every map of the encoder
+            but the last, then one for each halving of the first map's stride.
+        encoder_kwargs: Further arguments of the backbone, such as `pretrained=True`.
+
+    Raises:
+        ValueError: Unknown encoders, such as have no pyramid of maps; decoders that do not fit them; wrong inputs.
+    """
+
+    def __init__(
+        self,
+        encoder: str,
+        in_channels: int = 3,
+        out_channels: int = 2,
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+        encoder_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.encoder = _backbone(encoder, in_channels, encoder_kwargs or {})
+        info: Any = self.encoder.feature_info
+        self.stride = info.reduction()[-1]
+        self.channels_last = str(getattr(self.encoder, "output_fmt", "NCHW")).endswith("NHWC")
+        widths, steps = info.channels(), _steps(encoder, info.reduction())
+        if len(decoder_channels) != len(steps):
+            raise ValueError(
+                f"UNet2d: {encoder} needs {len(steps)} decoder_channels, one for each step to full resolution, not "
+                f"{len(decoder_channels)}"
+            )
+        self.decoder = Decoder(deep_supervision=False)
+        skips = [*reversed(widths[:-1]), *[0] * (len(steps) - len(widths) + 1)]
+        below = widths[-1]
+        for step, skip, channels in zip(steps, skips, decoder_channels, strict=True):
+            block = _two_convs(2, channels + skip, channels)
+            self.decoder.add_stage(
+                nn.ConvTranspose2d(below, channels, step, step), block, nn.Identity(), takes_skip=skip > 0
+            )
+            below = channels
+        self.head = nn.Conv2d(below, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_channels, h, w) → logits (b, out_channels, h, w)."""
+        check_input("UNet2d", x, (self.in_channels,), 2, 1)
+        size = x.shape[2:]
+        maps = self.encoder(_padded(x, self.stride))
+        x = self.decoder([m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps)
+        return _cropped(self.head(x), size)
+
+
+def _backbone(name: str, in_channels: int, kwargs: Mapping[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        raise ValueError(f"UNet2d: there is no encoder named {name!r}; timm.list_models() names all")
+    try:
+        return timm.create_model(name, features_only=True, in_chans=in_channels, **kwargs)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"UNet2d: the encoder must be a hierarchical backbone; {name} gives no maps: {error}"
+        ) from error
+
+
+def _steps(name: str, reductions: Sequence[int]) -> list[int]:
+    """Factors from the coarsest map to the finest, and on to the input in halves."""
+    pairs = list(pairwise(reductions))
+    if not pairs or any(coarse <= fine or coarse % fine for fine, coarse in pairs):
+        raise ValueError(
+            f"UNet2d: the encoder must be a hierarchical backbone, each map coarser than the one before; {name} has "
+            f"strides {tuple(reductions)}"
+        )
+    first = reductions[0]
+    halves = first.bit_length() - 1
+    return [coarse // fine for fine, coarse in reversed(pairs)] + ([2] * halves if first == 2**halves else [first])
+
+
+def _two_convs(spatial_dims: int, in_channels: int, channels: int) -> nn.Sequential:
+    kernel = (3,) * spatial_dims
+    return nn.Sequential(
+        ConvNormAct(spatial_dims, in_channels, channels, kernel), ConvNormAct(spatial_dims, channels, channels, kernel)
+    )
+
+
+class SS3D(SS2D):
+    """SS2D for volumes: along each of the three axes, there and back, in one scan of six routes; d_state is 16.
+
+    Args:
+        dim: Channels of input and output.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, d_state=16, d_conv=1, gate=True, routes=6)
+        self.conv3d = nn.Conv3d(self.d_inner, self.d_inner, 3, padding=1, groups=self.d_inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, d, h, w, dim) → the same."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = self.act(self.conv3d(u.movedim(-1, 1))).movedim(1, -1)
+        return self.out_proj(self.out_norm(self.scan(u)) * self.act(z))
+
+    def scan(self, u: Tensor) -> Tensor:
+        """The six scans alone, (b, d, h, w, d_inner) → the same."""
+        forward = torch.stack(
+            [routes.raster(list(u.shape[1:4]), axes, u.device) for axes in ([0, 1, 2], [0, 2, 1], [1, 2, 0])]
+        )
+        y = self.scan_tokens(u.flatten(1, 3), torch.cat([forward, routes.reverse(forward)]))
+        return y.transpose(1, 2).reshape(u.shape)
+
+
+class _OverTokens(nn.Module):
+    """A mixer of tokens (b, l, dim) over maps (b, *size, dim) in raster order."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixer(x.flatten(1, -2)).reshape(x.shape)
+
+
+class _Conv(nn.Module):
+    """A convolution with a kernel of 3 over maps (b, *size, dim)."""
+
+    def __init__(self, dim: int, spatial_dims: int) -> None:
+        super().__init__()
+        self.conv = CONVS[spatial_dims](dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.movedim(-1, 1)).movedim(1, -1)
+
+
+# What builds a mixer of maps (b, *size, dim) from dim and spatial_dims; add to it what should have a name.
+MIXERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "mamba": lambda dim, _: _OverTokens(Mamba(dim)),
+    "bimamba": lambda dim, _: _OverTokens(BiMamba(dim)),
+    "ss3d": lambda dim, dims: SS3D(dim) if dims == 3 else SS2D(dim, d_state=16, conv_bias=True, gate=True),
+    "mamba2": lambda dim, _: _OverTokens(Mamba2(dim, headdim=math.gcd(2 * dim, 64))),
+    "none": lambda dim, _: _OverTokens(matching_twin(lambda: Mamba(dim), dim)),
+    "attention": lambda dim, _: _OverTokens(Attention(dim, num_heads=1 if dim % 32 else dim // 32, qkv_bias=True)),
+    "conv": _Conv,
+}
+
+
+class _MixerBlock(nn.Module):
+    """A convolution, then a pre-norm residual mixer: (b, c, *size) → (b, dim, *size / stride)."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, dim: int, mixer: str, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = ConvNormAct(spatial_dims, in_channels, dim, (3,) * spatial_dims, stride)
+        self.norm = nn.LayerNorm(dim)
+        self.mixer = MIXERS[mixer](dim, spatial_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_full_precision(self._mix, self.conv(x), self.norm.weight)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        return x + self.mixer(self.norm(x.movedim(1, -1))).movedim(-1, 1)
+
+
+class MixerUNet(nn.Module):
+    """A U-Net in two or three dimensions that mixes tokens in every stage but that of full resolution.
+
+    Logits (b, out_channels, *size) for inputs (b, in_channels, *size) of any size: zeros fill them up to the stride.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: Input channels.
+        out_channels: Classes, the background included.
+        channels: Of each stage; every stage after the first halves the resolution.
+        mixer: Name in `MIXERS`: "mamba", "bimamba", "ss3d" (routes along every axis, there and back; two axes have
+            four), "mamba2", "none" (gated convolutions of as many parameters as "mamba" has), "attention" (its cost is
+            quadratic in the positions) or "conv".
+
+    Raises:
+        ValueError: Arguments out of range, unknown mixers, wrong inputs.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int] = (32, 64, 128, 256),
+        mixer: str = "mamba",
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in CONVS:
+            raise ValueError(f"MixerUNet: spatial_dims must be 2 or 3, not {spatial_dims}")
+        if mixer not in MIXERS:
+            raise ValueError(f"MixerUNet: mixer must be one of {', '.join(MIXERS)}, not {mixer!r}")
+        if len(channels) < 2:
+            raise ValueError(f"MixerUNet: channels must name at least two stages, not {tuple(channels)}")
+        self.spatial_dims, self.in_channels, self.out_channels = spatial_dims, in_channels, out_channels
+        self.stride = 2 ** (len(channels) - 1)
+        self.stem = _two_convs(spatial_dims, in_channels, channels[0])
+        self.stages = nn.ModuleList(
+            _MixerBlock(spatial_dims, fine, coarse, mixer, stride=2) for fine, coarse in pairwise(channels)
+        )
+        self.decoder = Decoder(deep_supervision=False)
+        for i in range(len(channels) - 2, -1, -1):
+            dim = channels[i]
+            block = _MixerBlock(spatial_dims, 2 * dim, dim, mixer) if i else _two_convs(spatial_dims, 2 * dim, dim)
+            self.decoder.add_stage(TRANSPOSED_CONVS[spatial_dims](channels[i + 1], dim, 2, 2), block, nn.Identity())
+        self.head = CONVS[spatial_dims](channels[0], out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_channels, *size) → logits (b, out_channels, *size)."""
+        check_input("MixerUNet", x, (self.in_channels,), self.spatial_dims, 1)
+        skips = [self.stem(_padded(x, self.stride))]
+        for stage in self.stages:
+            skips.append(stage(skips[-1]))
+        return _cropped(self.head(self.decoder(skips)), x.shape[2:])
+
+
+def _cfg(*size: int, caveats: tuple[str, ...] = ()) -> NetworkCfg:
+    return NetworkCfg(
+        paper_name="U-Net: Convolutional Networks for Biomedical Image Segmentation",
+        paper_ids="arXiv:1505.04597",
+        origin_url="https://arxiv.org/abs/1505.04597",
+        license="Apache-2.0",
+        input_size=size,
+        caveats=("The combination is this package's own: it has neither weights nor reported results.", *caveats),
+    )
+
+
+# Encoder, its widths and depths of the ConvNeXt that stands in its place in the twin (whole networks differ by less
+# than 3 % in parameters), input size of a micro network, arguments of the U-Net.
+_UNETS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "unet_vmamba": ("vmamba_tiny_s1l8", (96, 192, 384, 768), (3, 3, 10, 3), (), {}),
+    "unet_mambavision": ("mambavision_tiny", (80, 160, 320, 640), (3, 3, 15, 5), (), {}),
+    "unet_vssd": ("vssd_tiny", (64, 128, 256, 512), (3, 3, 15, 7), (), {}),
+    "unet_efficientvmamba": ("efficientvmamba_tiny", (48, 96, 192, 384), (2, 2, 6, 3), (), {}),
+    "test_unet": (
+        "test_vmamba",
+        (16, 32, 64, 128),
+        (1, 1, 5, 1),
+        (3, 64, 64),
+        {"decoder_channels": (64, 32, 16, 8, 8)},
+    ),
+}
+
+
+def _register_unet(name: str) -> None:
+    encoder, dims, depths, size, args = _UNETS[name]
+
+    def entrypoint(mixer: str = "ssm", spatial_dims: int = 2, **kwargs: Any) -> UNet2d:
+        if mixer not in ("ssm", "none"):
+            raise ValueError(f"{name}: mixer must be 'ssm' or 'none' (the twin without an SSM), not {mixer!r}")
+        if spatial_dims != 2:
+            raise ValueError(f"{name}: spatial_dims must be 2, not {spatial_dims}")
+        if mixer == "none":
+            kwargs["encoder_kwargs"] = {"dims": dims, "depths": depths, **(kwargs.get("encoder_kwargs") or {})}
+        return UNet2d(encoder if mixer == "ssm" else "convnext_tiny", **{**args, **kwargs})
+
+    entrypoint.__name__ = name
+    entrypoint.__doc__ = f"U-Net with {encoder} as its encoder."
+    twin = (
+        f"The encoder is {encoder}; the network without an SSM has a ConvNeXt of widths {dims} and depths {depths} in "
+        "the whole encoder's place, so what differs is more than the SSM."
+    )
+    weights = (
+        f'Pretrained weights of the encoder (encoder_kwargs={{"pretrained": True}}) keep the licence that the card of '
+        f"{encoder} states; some allow no commercial use."
+    )
+    register_network(_cfg(*size, caveats=(twin, weights)), twin=True)(entrypoint)
+
+
+for _name in _UNETS:
+    _register_unet(_name)
+
+
+@register_network(_cfg(), twin=True)
+def ssm_unet_2d(**kwargs: Any) -> MixerUNet:
+    """U-Net of images with Mamba, or another mixer, in every stage but the finest."""
+    return MixerUNet(**{"spatial_dims": 2, "in_channels": 1, "out_channels": 2, **kwargs})
+
+
+@register_network(_cfg(), twin=True)
+def ssm_unet_3d(**kwargs: Any) -> MixerUNet:
+    """U-Net of volumes with Mamba, or another mixer, in every stage but the finest."""
+    return MixerUNet(**{"spatial_dims": 3, "in_channels": 1, "out_channels": 2, **kwargs})
+
+
+@register_network(_cfg(1, 8, 16, 16), twin=True)
+def test_ssm_unet(**kwargs: Any) -> MixerUNet:
+    """A micro network for tests."""
+    return MixerUNet(**{"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (8, 12, 20), **kwargs})
