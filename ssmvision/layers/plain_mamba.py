@@ -22,8 +22,9 @@ def continuous_routes(x: Tensor, grid: List[int]) -> Tensor:
 @register_notrace_function
 def moves(stack: Tensor, grid: List[int]) -> Tensor:
     """The move that leads into each step of routes (k, t): 0 for the first, 1 right, 2 left, 3 up, 4 down."""
-    down = torch.div(stack, grid[1], rounding_mode="floor").diff(dim=1)
-    right = (stack % grid[1]).diff(dim=1)
+    rows = torch.div(stack, grid[1], rounding_mode="floor")
+    down = rows.diff(dim=1)
+    right = (stack - rows * grid[1]).diff(dim=1)
     into = (right > 0) * 1 + (right < 0) * 2 + (down < 0) * 3 + (down > 0) * 4
     return F.pad(into, [1, 0])
 

@@ -278,10 +278,10 @@ def _cfg(*size: int, caveats: tuple[str, ...] = ()) -> NetworkCfg:
 # Encoder, its widths and depths of the ConvNeXt that stands in its place in the twin (whole networks differ by less
 # than 3 % in parameters), input size of a micro network, arguments of the U-Net.
 _UNETS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "unet_vmamba": ("vmamba_tiny_s1l8", (96, 192, 384, 768), (3, 3, 10, 3), (), {}),
-    "unet_mambavision": ("mambavision_tiny", (80, 160, 320, 640), (3, 3, 15, 5), (), {}),
-    "unet_vssd": ("vssd_tiny", (64, 128, 256, 512), (3, 3, 15, 7), (), {}),
-    "unet_efficientvmamba": ("efficientvmamba_tiny", (48, 96, 192, 384), (2, 2, 6, 3), (), {}),
+    "unet_vmamba_tiny": ("vmamba_tiny_s1l8", (96, 192, 384, 768), (3, 3, 10, 3), (), {}),
+    "unet_mambavision_tiny": ("mambavision_tiny", (80, 160, 320, 640), (3, 3, 15, 5), (), {}),
+    "unet_vssd_tiny": ("vssd_tiny", (64, 128, 256, 512), (3, 3, 15, 7), (), {}),
+    "unet_efficientvmamba_tiny": ("efficientvmamba_tiny", (48, 96, 192, 384), (2, 2, 6, 3), (), {}),
     "test_unet": (
         "test_vmamba",
         (16, 32, 64, 128),

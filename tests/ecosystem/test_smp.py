@@ -20,7 +20,8 @@ def train_one_step(head: str, backbone: str) -> None:
     logits = model(images)
     assert logits.shape == (2, 2, 64, 96)
     torch.nn.functional.cross_entropy(logits, target).backward()
-    unread = ("encoder.model.norm_f.", "encoder.model.head.")  # DPT takes the outputs of blocks as they are
+    # DPT takes the outputs of blocks as they are, before the norm, the neck of registers and the head.
+    unread = ("encoder.model.norm_f.", "encoder.model.neck.", "encoder.model.norm_neck.", "encoder.model.head.")
     gradients = {
         name: p.grad for name, p in model.named_parameters() if not (head == "dpt" and name.startswith(unread))
     }

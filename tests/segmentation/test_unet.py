@@ -61,7 +61,15 @@ def test_create_model_takes_both_names_of_channels(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["unet_vmamba", "unet_mambavision", "unet_vssd", "unet_efficientvmamba", "ssm_unet_2d", "ssm_unet_3d"]
+    "name",
+    [
+        "unet_vmamba_tiny",
+        "unet_mambavision_tiny",
+        "unet_vssd_tiny",
+        "unet_efficientvmamba_tiny",
+        "ssm_unet_2d",
+        "ssm_unet_3d",
+    ],
 )
 def test_twin_has_as_many_parameters(name: str) -> None:
     networks = [ssmvision.create_model(each, device="meta") for each in (name, f"{name}_nossm")]
