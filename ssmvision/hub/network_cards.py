@@ -22,10 +22,12 @@ class NetworkCfg:
         weights_license: Of the official weights, where it is not that of the code.
         by_hand: Where a person gets the official weights; empty if none were published.
         input_size: One sample in the shape that the paper trained on, channels first.
-        results: What the authors report: data and metric → value as they write it.
+        results: What the authors report: data and metric → value as they write it, with a `*` behind what was recalled
+            from the paper and not re-read.
         results_source: Address that states these.
         caveats: What a user should know before relying on the network.
         twin: Name of the same network without its SSM, or of the one with it; empty if there is none.
+        instead: What the one without its SSM has in its place.
     """
 
     paper_name: str
@@ -39,6 +41,7 @@ class NetworkCfg:
     results_source: str = ""
     caveats: tuple[str, ...] = ()
     twin: str = ""
+    instead: str = "gated convolutions of as many parameters in the place of every SSM"
 
 
 def render_network_card(name: str, cfg: NetworkCfg, parameters: int, twin_parameters: int = 0) -> str:
@@ -72,12 +75,12 @@ def _front_matter(name: str, cfg: NetworkCfg) -> ModelCardData:
 
 
 def _facts(cfg: NetworkCfg, parameters: int, twin_parameters: int) -> str:
-    twin = cfg.twin and f"`{cfg.twin}`, {twin_parameters / 1e6:.2f} M parameters (measured on the built network)"
+    twin = cfg.twin and f"`{cfg.twin}`: {cfg.instead}, {twin_parameters / 1e6:.2f} M parameters (measured likewise)"
     rows = {
         "Parameters": f"{parameters / 1e6:.2f} M (measured on the built network)",
         "Twin without the SSM": twin,
         "Input in the paper": " × ".join(map(str, cfg.input_size)),
-        **{data: f"{value} (published)" for data, value in cfg.results},
+        **{data: _published(value) for data, value in cfg.results},
         "Who measured": cfg.results and f"the authors: <{cfg.results_source or cfg.origin_url}>",
         "Weights": f"<{cfg.by_hand}>, to be downloaded by hand" if cfg.by_hand else "none published",
         "Licence of the code": cfg.license,
@@ -88,8 +91,13 @@ def _facts(cfg: NetworkCfg, parameters: int, twin_parameters: int) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value)])
 
 
+def _published(value: str) -> str:
+    recalled = "; recalled from the paper, not re-read" if "*" in value else ""
+    return f"{value.replace('*', '')} (published{recalled})"
+
+
 def _usage(name: str, cfg: NetworkCfg) -> str:
-    twin = f'\ntwin = ssmvision.create_model("{cfg.twin}")  # the same recipe without the SSM' if cfg.twin else ""
+    twin = f'\ntwin = ssmvision.create_model("{cfg.twin}")  # without the SSM' if cfg.twin else ""
     return f"""## How to load
 
 ```python

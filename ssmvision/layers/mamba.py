@@ -2,15 +2,14 @@
 
 from typing import Any, Optional
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmvision.layers.s6 import auto_dt_rank, init_A_log_, init_dt_, state_matrix
+from ssmvision.layers.s6 import S6, auto_dt_rank, state_matrix
 from ssmvision.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 
 
-class S6Branch(nn.Module):
+class S6Branch(S6):
     """What a Mamba-1 mixer does between its projections: causal convolution, coefficients and scan of d channels.
 
     Args:
@@ -33,21 +32,9 @@ class S6Branch(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.d_inner, self.d_state, self.dt_rank = d, d_state, dt_rank
-        self.conv1d = nn.Conv1d(d, d, d_conv, groups=d, bias=conv_bias, **dd)
-        self.x_proj = nn.Linear(d, dt_rank + 2 * d_state, bias=False, **dd)
-        self.dt_proj = nn.Linear(dt_rank, d, **dd)
-        self.A_log = nn.Parameter(torch.empty(d, d_state, **dd))
-        self.D = nn.Parameter(torch.empty(d, **dd))
+        super().__init__(d, d_state, dt_rank, device, dtype)
+        self.conv1d = nn.Conv1d(d, d, d_conv, groups=d, bias=conv_bias, device=device, dtype=dtype)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialize what belongs to the scan; linear and convolution layers initialize themselves."""
-        init_A_log_(self.A_log)
-        nn.init.ones_(self.D)
-        init_dt_(self.dt_proj.weight, self.dt_proj.bias)
 
     def convolve(self, u: Tensor, reset: Optional[Tensor] = None) -> Tensor:
         """The causal convolution with its activation, (b, d, l) → the same."""

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmvision.layers.s6 import auto_dt_rank, init_A_log_, init_dt_, state_matrix
+from ssmvision.layers.s6 import S6, auto_dt_rank, state_matrix
 from ssmvision.ops import selective_scan
 
 
-class MambaVisionMixer(nn.Module):
+class MambaVisionMixer(S6):
     """Half of the channels are scanned; the other half, only convolved, is concatenated instead of gating.
 
     Both halves pass a depthwise convolution that looks both ways. The scan goes over the tokens in order, once.
@@ -33,28 +33,16 @@ class MambaVisionMixer(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
         if dim % 2:
             raise ValueError(f"MambaVisionMixer: dim must be even, not {dim}")
         dd = {"device": device, "dtype": dtype}
-        d = self.d_inner = dim // 2
-        self.d_state = d_state
-        r = self.dt_rank = dt_rank or auto_dt_rank(dim)
+        d = dim // 2
+        super().__init__(d, d_state, dt_rank or auto_dt_rank(dim), **dd)
         self.in_proj = nn.Linear(dim, dim, bias=False, **dd)
         self.conv1d_x = nn.Conv1d(d, d, d_conv, padding="same", groups=d, bias=False, **dd)
         self.conv1d_z = nn.Conv1d(d, d, d_conv, padding="same", groups=d, bias=False, **dd)
-        self.x_proj = nn.Linear(d, r + 2 * d_state, bias=False, **dd)
-        self.dt_proj = nn.Linear(r, d, **dd)
-        self.A_log = nn.Parameter(torch.empty(d, d_state, **dd))
-        self.D = nn.Parameter(torch.empty(d, **dd))
         self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialize what belongs to the scan; linear and convolution layers initialize themselves."""
-        init_A_log_(self.A_log)
-        nn.init.ones_(self.D)
-        init_dt_(self.dt_proj.weight, self.dt_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, dim) → (b, l, dim)."""

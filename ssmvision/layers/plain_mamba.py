@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
-from ssmvision.layers.s6 import auto_dt_rank, init_A_log_, init_dt_, state_matrix
+from ssmvision.layers.s6 import S6, auto_dt_rank, state_matrix
 from ssmvision.ops import routes, selective_scan
 
 MOVES = 5
@@ -29,7 +29,7 @@ def moves(stack: Tensor, grid: List[int]) -> Tensor:
     return F.pad(into, [1, 0])
 
 
-class PlainMambaMixer(nn.Module):
+class PlainMambaMixer(S6):
     """Four scans along serpentines over rows and columns, with shared parameters, summed and gated.
 
     As in the official code, whose weights rely on it: the step sizes get their bias twice, and only the tokens follow
@@ -60,26 +60,18 @@ class PlainMambaMixer(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        d = self.d_inner = int(expand * dim)
-        self.d_state = d_state
-        r = self.dt_rank = dt_rank or auto_dt_rank(dim)
+        d = int(expand * dim)
+        super().__init__(d, d_state, dt_rank or auto_dt_rank(dim), **dd)
         self.in_proj = nn.Linear(dim, 2 * d, bias=bias, **dd)
         self.conv2d = nn.Conv2d(d, d, d_conv, padding=d_conv // 2, groups=d, bias=conv_bias, **dd)
-        self.x_proj = nn.Linear(d, r + 2 * d_state, bias=False, **dd)
-        self.dt_proj = nn.Linear(r, d, **dd)
-        self.A_log = nn.Parameter(torch.empty(d, d_state, **dd))
-        self.D = nn.Parameter(torch.empty(d, **dd))
         self.direction_Bs = nn.Parameter(torch.empty(MOVES, d_state, **dd))
         self.out_proj = nn.Linear(d, dim, bias=bias, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialize what belongs to the scan; linear and convolution layers initialize themselves."""
-        init_A_log_(self.A_log)
-        nn.init.ones_(self.D)
-        init_dt_(self.dt_proj.weight, self.dt_proj.bias)
+        super().reset_parameters()
         trunc_normal_(self.direction_Bs, std=0.02)
 
     def forward(self, x: Tensor, grid: List[int]) -> Tensor:

@@ -2,12 +2,12 @@
 
 import math
 import re
-from typing import List, Sequence
+from typing import Any, List, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmvision.ops import routes
 
@@ -43,6 +43,33 @@ def init_dt_bias_(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, floor
     with torch.no_grad():
         steps = torch.empty_like(bias).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=floor)
         bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+
+
+class S6(nn.Module):
+    """The parameters of one selective scan of d channels, under the official names; subclasses call `reset_parameters`.
+
+    Args:
+        d: Channels.
+        d_state: Size of the state per channel.
+        dt_rank: Rank of the step-size projection.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(self, d: int, d_state: int, dt_rank: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.d_inner, self.d_state, self.dt_rank = d, d_state, dt_rank
+        self.x_proj = nn.Linear(d, dt_rank + 2 * d_state, bias=False, **dd)
+        self.dt_proj = nn.Linear(dt_rank, d, **dd)
+        self.A_log = nn.Parameter(torch.empty(d, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(d, **dd))
+
+    def reset_parameters(self) -> None:
+        """Initialize what belongs to the scan; linear and convolution layers initialize themselves."""
+        init_A_log_(self.A_log)
+        nn.init.ones_(self.D)
+        init_dt_(self.dt_proj.weight, self.dt_proj.bias)
 
 
 @register_notrace_function

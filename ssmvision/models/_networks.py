@@ -38,8 +38,7 @@ def register_network(cfg: NetworkCfg, twin: bool = False) -> Callable[[Entrypoin
 
     Args:
         cfg: What is known of the network.
-        twin: Also register `<name>_nossm`, the same recipe with `mixer="none"`: a gated convolution of as many
-            parameters in the place of every SSM.
+        twin: Also register `<name>_nossm`, the same recipe with `mixer="none"`: what `cfg.instead` says.
     """
 
     def register(entrypoint: Entrypoint) -> Entrypoint:
@@ -51,7 +50,7 @@ def register_network(cfg: NetworkCfg, twin: bool = False) -> Callable[[Entrypoin
             return entrypoint(**{"mixer": "none", **kwargs})
 
         without_ssm.__module__ = entrypoint.__module__
-        without_ssm.__doc__ = f"{name} without its SSM: every mixer is a gated convolution of as many parameters."
+        without_ssm.__doc__ = f"{name} without its SSM: {cfg.instead}."
         _register(f"{name}{TWIN}", without_ssm, replace(cfg, by_hand="", results=(), twin=name))
         return _register(name, entrypoint, replace(cfg, twin=f"{name}{TWIN}"))
 

@@ -1,17 +1,14 @@
-"""What several segmenters are made of: convolution blocks, the Mamba mixer or its twin, and checks of the input."""
+"""What several segmenters are made of: convolution blocks, a decoder, and checkpoints that repeat tensors."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ssmvision.layers import GatedConv
-from ssmvision.ops._library import no_autocast
 
 __all__ = [
     "CONVS",
@@ -19,19 +16,13 @@ __all__ = [
     "TRANSPOSED_CONVS",
     "ConvNormAct",
     "Decoder",
+    "PlannedNetwork",
     "ResidualBlockD",
-    "blocks_per_stage",
-    "check_mixer",
-    "check_plan",
-    "check_volume",
-    "in_full_precision",
+    "drop_path_rates",
     "init_residual_unet_",
     "instance_norm",
-    "matching_twin",
     "one_copy",
-    "per_axis",
-    "reported",
-]  # fmt: skip
+]
 
 CONVS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED_CONVS: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -44,76 +35,10 @@ def instance_norm(spatial_dims: int, channels: int, affine: bool = True) -> nn.M
     return _NORMS[spatial_dims](channels, affine=affine)
 
 
-def per_axis(value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
-    """A kernel size or stride for each axis."""
-    return (value,) * spatial_dims if isinstance(value, int) else tuple(value)
-
-
-def check_mixer(family: str, mixer: str) -> None:
-    """Raise a ValueError for a mixer that is neither Mamba nor its twin."""
-    if mixer not in ("mamba", "none"):
-        raise ValueError(f"{family}: mixer must be 'mamba' or 'none' (the twin without an SSM), not {mixer!r}")
-
-
-def check_plan(
-    family: str, spatial_dims: int, stages: int, kernel_sizes: Sequence[Any], strides: Sequence[Any]
-) -> None:
-    """Raise a ValueError for a plan of nnU-Net's kind that contradicts itself."""
-    if spatial_dims not in CONVS:
-        raise ValueError(f"{family}: spatial_dims must be 2 or 3, not {spatial_dims}")
-    if stages < 2 or len(kernel_sizes) != stages or len(strides) != stages:
-        raise ValueError(
-            f"{family}: features_per_stage, kernel_sizes and strides must be of one length, at least 2; they are of "
-            f"{stages}, {len(kernel_sizes)} and {len(strides)}"
-        )
-
-
-def blocks_per_stage(family: str, blocks: int | Sequence[int], stages: int) -> list[int]:
-    """A number of blocks for each stage, from a list of them or one for all."""
-    numbers = [blocks] * stages if isinstance(blocks, int) else list(blocks)
-    if len(numbers) != stages:
-        raise ValueError(f"{family}: {stages} stages need as many numbers of blocks, not {len(numbers)}")
-    return numbers
-
-
-def matching_twin(make: Callable[[], nn.Module], dim: int) -> GatedConv:
-    """The gated convolution over tokens (b, l, dim) with as many parameters as what `make` builds."""
-    with torch.device("meta"):
-        mixer = make()
-    return GatedConv.matching(mixer, dim)
-
-
-def in_full_precision(mix: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
-    """mix(x) in the precision of `weight`, even under autocast: in half precision what surrounds a scan overflows."""
-    with no_autocast(x):
-        return mix(x.to(weight.dtype))
-
-
-def check_volume(
-    family: str, x: Tensor, in_channels: int, divisors: Sequence[int], patch_size: Sequence[int] | None = None,
-    why: str = "",
-) -> None:  # fmt: skip
-    """Raise a ValueError that names the rule which an input (b, c, *size) breaks.
-
-    Args:
-        family: Name for the error.
-        x: The input.
-        in_channels: Channels that the network takes.
-        divisors: What the strides divide each axis by.
-        patch_size: The only size that the weights work at, if they fix one.
-        why: What fixes it.
-    """
-    size = tuple(x.shape[2:])
-    if len(size) != len(divisors):
-        raise ValueError(f"{family} takes inputs (b, c{', size' * len(divisors)}), not {tuple(x.shape)}")
-    if x.shape[1] != in_channels:
-        raise ValueError(f"{family} was built for in_channels={in_channels}; the input has {x.shape[1]}")
-    if patch_size is not None and size != tuple(patch_size):
-        raise ValueError(f"{family}: {why}; its patch_size is {tuple(patch_size)}, the input's {size}")
-    if any(length % divisor for length, divisor in zip(size, divisors, strict=True)):
-        raise ValueError(
-            f"{family}: axes must be multiples of {tuple(divisors)}, the product of strides; {size} are not"
-        )
+def drop_path_rates(largest: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth rates that rise from 0 to `largest` over all blocks, by stage."""
+    rates = torch.linspace(0, largest, sum(depths), device="cpu").split(list(depths))
+    return [stage.tolist() for stage in rates]
 
 
 class ConvNormAct(nn.Module):
@@ -248,8 +173,3 @@ def one_copy(state_dict: Mapping[str, Tensor], copies: Iterable[tuple[str, str]]
             name = re.sub(pattern, replacement, name)
         (kept if name == key else spare).setdefault(name, state_dict[key])
     return spare | kept
-
-
-def reported(*results: tuple[str, str]) -> tuple[tuple[str, str], ...]:
-    """What authors report, data and metric → value; a `*` marks what was recalled from the paper, not re-read."""
-    return tuple((what, value.replace("*", " (recalled from the paper, not re-read)")) for what, value in results)

@@ -1,9 +1,51 @@
-"""Sizes that nnU-Net planned for the data sets of U-Mamba's paper, as its table gives them; no plans were published."""
+"""What nnU-Net plans: checks of it, and the sizes for the data sets of U-Mamba's paper.
+
+The sizes are those of the paper's table; no plans were published.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["ABDOMEN_CT", "ABDOMEN_MR", "ABDOMEN_MR_2D", "ENDOSCOPY", "MICROSCOPY", "nnunet_plan"]
+from ssmvision.segmentation._shapes import check_spatial_dims
+
+__all__ = [
+    "ABDOMEN_CT",
+    "ABDOMEN_MR",
+    "ABDOMEN_MR_2D",
+    "ENDOSCOPY",
+    "MICROSCOPY",
+    "blocks_per_stage",
+    "check_plan",
+    "nnunet_plan",
+    "per_axis",
+]
+
+
+def check_plan(
+    network: str, spatial_dims: int, stages: int, kernel_sizes: Sequence[Any], strides: Sequence[Any]
+) -> None:
+    """Raise a ValueError for a plan of nnU-Net's kind that contradicts itself."""
+    check_spatial_dims(network, spatial_dims, 2, 3)
+    if stages < 2 or len(kernel_sizes) != stages or len(strides) != stages:
+        raise ValueError(
+            f"{network}: features_per_stage, kernel_sizes and strides must be of one length, at least 2; they are of "
+            f"{stages}, {len(kernel_sizes)} and {len(strides)}"
+        )
+
+
+def blocks_per_stage(network: str, blocks: int | Sequence[int], stages: int) -> list[int]:
+    """A number of blocks for each stage, from a list of them or one for all."""
+    numbers = [blocks] * stages if isinstance(blocks, int) else list(blocks)
+    if len(numbers) != stages:
+        raise ValueError(f"{network}: {stages} stages need as many numbers of blocks, not {len(numbers)}")
+    return numbers
+
+
+def per_axis(value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """A kernel size or stride for each axis."""
+    return (value,) * spatial_dims if isinstance(value, int) else tuple(value)
 
 
 def nnunet_plan(

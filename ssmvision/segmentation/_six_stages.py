@@ -122,7 +122,7 @@ class SixStages(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) → (b, out_channels, h, w)."""
-        check_input(self.name, x, (self.in_channels,), 2, 32)
+        check_input(self.name, x, self.in_channels, (32, 32))
         skips: list[Tensor] = []
         for encoder, norm in zip(self.encoders, self.encoder_norms, strict=False):
             x = F.gelu(F.max_pool2d(norm(encoder(x)), 2))

@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.segmentation._blocks import CONVS, TRANSPOSED_CONVS
+
 __all__ = ["UNETR_RENAMES", "ResBlock", "UpBlock"]
 
 # Official key → ours: each convolution, and the block in its wrapper, sits in containers of one.
 UNETR_RENAMES = ((r"(\.conv)+\.(weight|bias)$", r".\2"), (r"\.layer\.conv", ".conv"))
-
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_DECONV = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class ResBlock(nn.Module):
@@ -20,7 +19,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        conv = _CONV[spatial_dims - 1]
+        conv = CONVS[spatial_dims]
         self.conv1 = conv(in_channels, out_channels, 3, padding=1, bias=False)
         self.conv2 = conv(out_channels, out_channels, 3, padding=1, bias=False)
         self.conv3 = conv(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
@@ -37,7 +36,7 @@ class UpBlock(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.transp_conv = _DECONV[spatial_dims - 1](in_channels, out_channels, 2, stride=2, bias=False)
+        self.transp_conv = TRANSPOSED_CONVS[spatial_dims](in_channels, out_channels, 2, stride=2, bias=False)
         self.conv_block = ResBlock(spatial_dims, 2 * out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:

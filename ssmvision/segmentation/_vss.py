@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ssmvision.layers.vss_block import VSSBlock
+from ssmvision.segmentation._mixers import MakeMixer
 
-__all__ = ["VSS_RENAMES", "PatchExpand", "VSSLayer", "drop_path_rates", "make_layer"]
+__all__ = ["VSS_RENAMES", "PatchExpand", "VSSLayer", "make_layer"]
 
 # Official key → ours, of blocks, and of the stem where it is VMamba's.
 VSS_RENAMES = (
@@ -18,12 +18,6 @@ VSS_RENAMES = (
     (r"\bpatch_embed\.proj\.", "patch_embed.conv1."),
     (r"\bpatch_embed\.norm\.", "patch_embed.norm1."),
 )
-
-
-def drop_path_rates(largest: float, depths: Sequence[int]) -> list[list[float]]:
-    """Stochastic depth rates that rise from 0 to `largest` over all blocks, by layer."""
-    rates = torch.linspace(0, largest, sum(depths), device="cpu").split(list(depths))
-    return [layer.tolist() for layer in rates]
 
 
 class VSSLayer(nn.Module):
@@ -52,12 +46,12 @@ class VSSLayer(nn.Module):
 def make_layer(
     dim: int,
     rates: Sequence[float],
-    mixer: Callable[..., nn.Module],
+    make: MakeMixer,
     upsample: nn.Module | None = None,
     downsample: nn.Module | None = None,
 ) -> VSSLayer:
     """A layer of one block per stochastic depth rate, each of `dim` channels and without an MLP (v0)."""
-    return VSSLayer([VSSBlock(dim, mixer, 0.0, drop_path=rate) for rate in rates], upsample, downsample)
+    return VSSLayer([VSSBlock(dim, make, 0.0, drop_path=rate) for rate in rates], upsample, downsample)
 
 
 class PatchExpand(nn.Module):

@@ -7,7 +7,7 @@ The recursion is that of HorNet (arXiv:2207.14284, equation 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, rename
-from ssmvision.segmentation._mixers import ss2d_or_twin
+from ssmvision.segmentation._blocks import drop_path_rates
+from ssmvision.segmentation._mixers import MakeMixer, ss2d_or_twin
 from ssmvision.segmentation._shapes import check_spatial_dims
 from ssmvision.segmentation._six_stages import STAGE_RENAMES, SixStages, check_dims, stage_taps
 
@@ -24,8 +25,6 @@ __all__ = ["HVMUNet"]
 
 _SCALE = 1 / 3
 _LAYER_SCALE = 1e-6
-
-Mixer = Callable[..., nn.Module]
 
 
 class OverMap(nn.Module):
@@ -45,16 +44,16 @@ class LocalSS2D(nn.Module):
 
     Args:
         dim: Channels, an even number.
-        mixer: Makes the scan of half of them.
+        make: Builds the scan of half of them.
         spectrum: Height and width of a filter that official checkpoints hold and nothing reads.
     """
 
-    def __init__(self, dim: int, mixer: Mixer, spectrum: tuple[int, int]) -> None:
+    def __init__(self, dim: int, make: MakeMixer, spectrum: tuple[int, int]) -> None:
         super().__init__()
         half = dim // 2
         self.pre_norm = LayerNorm2d(dim, eps=1e-6)
         self.dw = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
-        self.ss2d = OverMap(mixer(half))
+        self.ss2d = OverMap(make(half))
         self.post_norm = LayerNorm2d(dim, eps=1e-6)
         self.complex_weight = nn.Parameter(torch.randn(half, *spectrum, 2) * 0.02, requires_grad=False)
 
@@ -71,18 +70,18 @@ class HighOrderSS2D(nn.Module):
     Args:
         dim: Channels, a multiple of 2^(order - 1).
         order: Of the recursion.
-        mixer: Makes the scans.
+        make: Builds the scans.
         spectrum: See `LocalSS2D`.
     """
 
-    def __init__(self, dim: int, order: int, mixer: Mixer, spectrum: tuple[int, int]) -> None:
+    def __init__(self, dim: int, order: int, make: MakeMixer, spectrum: tuple[int, int]) -> None:
         super().__init__()
         self.dims = [dim // 2**i for i in reversed(range(order))]
         if sum(self.dims) % 2:
             raise ValueError(f"H-vmunet: of {dim} channels, order {order} gates {self.dims}, whose sum must be even")
         self.proj_in = nn.Conv2d(dim, 2 * dim, 1)
-        self.gates = LocalSS2D(sum(self.dims), mixer, spectrum)
-        self.ss2d = nn.ModuleList(OverMap(mixer(width)) for width in self.dims)
+        self.gates = LocalSS2D(sum(self.dims), make, spectrum)
+        self.ss2d = nn.ModuleList(OverMap(make(width)) for width in self.dims)
         self.pws = nn.ModuleList(nn.Conv2d(width, 2 * width, 1) for width in self.dims[:-1])
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
@@ -99,10 +98,10 @@ class HighOrderSS2D(nn.Module):
 class Block(nn.Module):
     """High-order SS2D and MLP, both pre-norm, residual and scaled by channel: (b, dim, h, w) → the same."""
 
-    def __init__(self, dim: int, order: int, mixer: Mixer, spectrum: tuple[int, int], drop_path: float) -> None:
+    def __init__(self, dim: int, order: int, make: MakeMixer, spectrum: tuple[int, int], drop_path: float) -> None:
         super().__init__()
         self.norm1 = LayerNorm2d(dim, eps=1e-6)
-        self.mix = HighOrderSS2D(dim, order, mixer, spectrum)
+        self.mix = HighOrderSS2D(dim, order, make, spectrum)
         self.gamma1 = nn.Parameter(torch.full((dim,), _LAYER_SCALE))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
@@ -158,14 +157,13 @@ class HVMUNet(SixStages):
     ) -> None:
         check_spatial_dims("H-vmunet", spatial_dims, 2)
         check_dims("H-vmunet", dims)
-        make = ss2d_or_twin(mixer, d_state)
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        make = ss2d_or_twin("H-vmunet", mixer, d_state)
+        rates = drop_path_rates(drop_path_rate, depths)
 
         def stage(before: int, after: int, depth: int) -> nn.Module:
             level = depth - _FIRST
             blocks = [
-                Block(before, level + 2, make, _SPECTRA[level], float(rate))
-                for rate in (rates[level] if level >= 0 else ())
+                Block(before, level + 2, make, _SPECTRA[level], rate) for rate in (rates[level] if level >= 0 else ())
             ]
             return nn.Sequential(*blocks, nn.Conv2d(before, after, 3, padding=1))
 
@@ -212,7 +210,7 @@ def _cfg(**fields: Any) -> NetworkCfg:
         "paper_ids": "arXiv:2403.13642", "origin_url": "https://github.com/wurenkai/H-vmunet",
         "license": "none stated", "input_size": (3, 256, 256), "results_source": "https://arxiv.org/abs/2403.13642",
         "caveats": (
-            "The results are recalled from the paper, not re-read; DSC is global over all pixels of the test set.",
+            "DSC is global over all pixels of the test set, not a mean over images.",
             "The official code and weights come without a licence; this code was written from the paper.",
             "Every block of a checkpoint holds a filter that nothing reads; it counts as parameters.",
         ),
@@ -234,6 +232,6 @@ def h_vmunet(**kwargs: Any) -> HVMUNet:
 
 @register_network(_cfg(input_size=(3, 64, 64)), twin=True)
 def test_h_vmunet(**kwargs: Any) -> HVMUNet:
-    """A tiny H-vmunet for tests."""
+    """A micro network for tests."""
     args: dict[str, Any] = {"dims": (4, 4, 8, 16, 32, 32), "depths": (1, 1, 1, 1), "d_state": 4}
     return HVMUNet(**(args | kwargs))

@@ -6,7 +6,7 @@ Official code (Apache-2.0): https://github.com/MrBlankness/LightM-UNet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, refuse_unpublished, rename
-from ssmvision.segmentation._mixers import mamba_or_twin
-from ssmvision.segmentation._shapes import check_input
+from ssmvision.segmentation._blocks import CONVS
+from ssmvision.segmentation._mixers import MakeMixer, mamba_or_twin
+from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 
 __all__ = ["LightMUNet"]
 
-_CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
-_POOL: dict[int, Any] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+_POOLS: dict[int, Any] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
 class SeparableConv(nn.Sequential):
@@ -29,7 +29,7 @@ class SeparableConv(nn.Sequential):
     def __init__(
         self, spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int = 3, bias: bool = False
     ) -> None:
-        conv = _CONV[spatial_dims]
+        conv = CONVS[spatial_dims]
         super().__init__(
             conv(in_channels, in_channels, kernel_size, padding=kernel_size // 2, groups=in_channels, bias=bias),
             conv(in_channels, out_channels, 1, bias=bias),
@@ -42,10 +42,10 @@ class MambaLayer(nn.Module):
     (b, in_channels, ...) → (b, out_channels, ...), the positions in raster order.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, mixer: Callable[..., nn.Module]) -> None:
+    def __init__(self, in_channels: int, out_channels: int, make: MakeMixer) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(in_channels)
-        self.mamba = mixer(in_channels)
+        self.mamba = make(in_channels)
         self.proj = nn.Linear(in_channels, out_channels)
         self.skip_scale = nn.Parameter(torch.ones(1))
 
@@ -59,12 +59,12 @@ class MambaLayer(nn.Module):
 class ResMambaBlock(nn.Module):
     """Two Mamba layers, each after a group norm and a ReLU, around a shortcut."""
 
-    def __init__(self, channels: int, groups: int, mixer: Callable[..., nn.Module]) -> None:
+    def __init__(self, channels: int, groups: int, make: MakeMixer) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels)
         self.norm2 = nn.GroupNorm(groups, channels)
-        self.conv1 = MambaLayer(channels, channels, mixer)
-        self.conv2 = MambaLayer(channels, channels, mixer)
+        self.conv1 = MambaLayer(channels, channels, make)
+        self.conv2 = MambaLayer(channels, channels, make)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, ...) → the same."""
@@ -115,26 +115,26 @@ class LightMUNet(nn.Module):
         d_state: int = 16,
         mixer: str = "mamba",
     ) -> None:
+        check_spatial_dims("LightM-UNet", spatial_dims, 2, 3)
         super().__init__()
-        if spatial_dims not in _CONV:
-            raise ValueError(f"LightM-UNet has 2 or 3 spatial_dims, not {spatial_dims}")
         if init_filters % num_groups:
             raise ValueError(f"LightM-UNet: init_filters must be a multiple of {num_groups}, not {init_filters}")
         if len(blocks_up) != len(blocks_down) - 1:
             raise ValueError(f"LightM-UNet: blocks_up must have one entry less than blocks_down, not {blocks_up}")
-        self.spatial_dims, self.in_channels = spatial_dims, in_channels
-        make = mamba_or_twin(mixer, d_state)
+        self.in_channels = in_channels
+        self.divisors = (2 ** len(blocks_up),) * spatial_dims
+        make = mamba_or_twin("LightM-UNet", mixer, d_state)
         dims = [init_filters * 2**i for i in range(len(blocks_down))]
         self.stem = SeparableConv(spatial_dims, in_channels, init_filters)
         self.dropout = nn.Dropout(dropout)
         self.down_layers = nn.ModuleList()
         for index, (dim, depth) in enumerate(zip(dims, blocks_down, strict=True)):
-            pool = nn.Sequential(MambaLayer(dim // 2, dim, make), _POOL[spatial_dims](2)) if index else nn.Identity()
+            pool = nn.Sequential(MambaLayer(dim // 2, dim, make), _POOLS[spatial_dims](2)) if index else nn.Identity()
             self.down_layers.append(nn.Sequential(pool, *(ResMambaBlock(dim, num_groups, make) for _ in range(depth))))
         self.up_samples, self.up_layers = nn.ModuleList(), nn.ModuleList()
         mode = {2: "bilinear", 3: "trilinear"}[spatial_dims]
         for dim, depth in zip(dims[-2::-1], blocks_up, strict=True):
-            conv = _CONV[spatial_dims](2 * dim, dim, 1, bias=False)
+            conv = CONVS[spatial_dims](2 * dim, dim, 1, bias=False)
             self.up_samples.append(nn.Sequential(conv, nn.Upsample(scale_factor=2, mode=mode)))
             self.up_layers.append(nn.Sequential(*(ResUpBlock(spatial_dims, dim, num_groups) for _ in range(depth))))
         head = SeparableConv(spatial_dims, init_filters, out_channels, kernel_size=1, bias=True)
@@ -142,7 +142,7 @@ class LightMUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, ...) → (b, out_channels, ...)."""
-        check_input("LightM-UNet", x, (self.in_channels,), self.spatial_dims, 2 ** len(self.up_layers))
+        check_input("LightM-UNet", x, self.in_channels, self.divisors)
         maps = [self.dropout(self.stem(x))]
         for layer in self.down_layers:
             maps.append(layer(maps[-1]))
@@ -191,7 +191,6 @@ def _cfg(**fields: Any) -> NetworkCfg:
         "paper_ids": "arXiv:2403.05246", "origin_url": "https://github.com/MrBlankness/LightM-UNet",
         "license": "Apache-2.0", "results_source": "https://arxiv.org/abs/2403.05246",
         "caveats": (
-            "The results are recalled from the paper, not re-read.",
             "The paper counts 1.09M (2-D) and 1.87M (3-D) parameters; what its own trainer builds has 5.0M.",
             "Two norms in a row amplify small differences: train without mixed precision, as the authors do.",
         ),
@@ -219,7 +218,7 @@ def lightm_unet_3d(**kwargs: Any) -> LightMUNet:
 
 @register_network(_cfg(input_size=(1, 8, 8, 16)), twin=True)
 def test_lightm_unet(**kwargs: Any) -> LightMUNet:
-    """A tiny LightM-UNet for tests, for volumes in the absence of other `spatial_dims`."""
+    """A micro network for tests, for volumes in the absence of other `spatial_dims`."""
     args: dict[str, Any] = {
         "spatial_dims": 3, "in_channels": 1, "out_channels": 2, "init_filters": 8, "blocks_down": (1, 1, 1),
         "blocks_up": (1, 1), "d_state": 4,

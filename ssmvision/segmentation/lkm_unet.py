@@ -4,9 +4,12 @@ Paper: `LKM-UNet: Large Kernel Vision Mamba UNet for Medical Image Segmentation`
 Official code (no licence stated; no weights were published): https://github.com/wjh892521292/LKM-UNet
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Dict, List, Sequence, Tuple, Union
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,18 +25,19 @@ from ssmvision.segmentation._blocks import (
     Decoder,
     PlannedNetwork,
     ResidualBlockD,
-    blocks_per_stage,
-    check_mixer,
-    check_plan,
-    check_volume,
-    in_full_precision,
     init_residual_unet_,
-    matching_twin,
     one_copy,
-    per_axis,
-    reported,
 )
-from ssmvision.segmentation._plans import ABDOMEN_CT, ABDOMEN_MR_2D, nnunet_plan
+from ssmvision.segmentation._mixers import MakeMixer, in_full_precision, mixer_or_twin
+from ssmvision.segmentation._plans import (
+    ABDOMEN_CT,
+    ABDOMEN_MR_2D,
+    blocks_per_stage,
+    check_plan,
+    nnunet_plan,
+    per_axis,
+)
+from ssmvision.segmentation._shapes import check_input
 
 __all__ = ["LKMUNet"]
 
@@ -58,10 +62,10 @@ class TwoWayMamba(nn.Module):
 class TokenLayer(nn.Module):
     """Layer norm and mixer over the positions of a map: (b, c, *size) → the same."""
 
-    def __init__(self, dim: int, mixer: str) -> None:
+    def __init__(self, dim: int, make: MakeMixer) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.mixer = TwoWayMamba(dim) if mixer == "mamba" else matching_twin(lambda: TwoWayMamba(dim), dim)
+        self.mixer = make(dim)
 
     def mix(self, x: Tensor) -> Tensor:
         """What the layer adds to a map."""
@@ -78,8 +82,8 @@ class PixelLayer(TokenLayer):
     Where a side is no multiple of its window the whole map is one sequence, as in the official code.
     """
 
-    def __init__(self, dim: int, scale: int, spatial_dims: int, mixer: str) -> None:
-        super().__init__(dim, mixer)
+    def __init__(self, dim: int, scale: int, spatial_dims: int, make: MakeMixer) -> None:
+        super().__init__(dim, make)
         self.window = [scale * side for side in _WINDOWS[spatial_dims]]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,8 +113,8 @@ class WindowLayer(TokenLayer):
     Where a side is no multiple of the window's the pixels themselves are the sequence, as in the official code.
     """
 
-    def __init__(self, dim: int, scale: int, mixer: str) -> None:
-        super().__init__(dim, mixer)
+    def __init__(self, dim: int, scale: int, make: MakeMixer) -> None:
+        super().__init__(dim, make)
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,8 +129,8 @@ class Encoder(nn.Module):
     """Stem, and stages of residual blocks and the two Mamba layers; returns the map of each, finest first."""
 
     def __init__(
-        self, spatial_dims: int, in_channels: int, features: Sequence[int], kernels: Sequence[Tuple[int, ...]],
-        strides: Sequence[Tuple[int, ...]], depths: Sequence[int], bias: bool, mixer: str,
+        self, spatial_dims: int, in_channels: int, features: Sequence[int], kernels: Sequence[tuple[int, ...]],
+        strides: Sequence[tuple[int, ...]], depths: Sequence[int], bias: bool, make: MakeMixer,
     ) -> None:  # fmt: skip
         super().__init__()
         n, widths = len(features), [features[0], *features]
@@ -136,13 +140,13 @@ class Encoder(nn.Module):
         )
         scales = [2 ** ((n - 1 - stage) // 2) for stage in range(n)]
         self.mamba_layers = nn.ModuleList(
-            PixelLayer(dim, scale, spatial_dims, mixer) for dim, scale in zip(features, scales, strict=True)
+            PixelLayer(dim, scale, spatial_dims, make) for dim, scale in zip(features, scales, strict=True)
         )
         self.w_mamba_layers = nn.ModuleList(
-            WindowLayer(dim, scale, mixer) for dim, scale in zip(features, scales, strict=True)
+            WindowLayer(dim, scale, make) for dim, scale in zip(features, scales, strict=True)
         )
 
-    def forward(self, x: Tensor) -> List[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         x, skips = self.stem(x), []
         for stage, pixel, window in zip(self.stages, self.mamba_layers, self.w_mamba_layers, strict=True):
             x = window(pixel(stage(x)))
@@ -187,16 +191,16 @@ class LKMUNet(PlannedNetwork):
         in_channels: int,
         out_channels: int,
         features_per_stage: Sequence[int],
-        kernel_sizes: Sequence[Union[int, Sequence[int]]],
-        strides: Sequence[Union[int, Sequence[int]]],
-        n_conv_per_stage: Union[int, Sequence[int]] = 2,
-        n_conv_per_stage_decoder: Union[int, Sequence[int]] = 2,
+        kernel_sizes: Sequence[int | Sequence[int]],
+        strides: Sequence[int | Sequence[int]],
+        n_conv_per_stage: int | Sequence[int] = 2,
+        n_conv_per_stage_decoder: int | Sequence[int] = 2,
         conv_bias: bool = True,
         deep_supervision: bool = False,
         mixer: str = "mamba",
     ) -> None:
         super().__init__()
-        check_mixer("LKM-UNet", mixer)
+        make = mixer_or_twin("LKM-UNet", mixer, "mamba", TwoWayMamba)
         check_plan("LKM-UNet", spatial_dims, len(features_per_stage), kernel_sizes, strides)
         kernels = [per_axis(kernel, spatial_dims) for kernel in kernel_sizes]
         steps = [per_axis(stride, spatial_dims) for stride in strides]
@@ -204,7 +208,7 @@ class LKMUNet(PlannedNetwork):
         depths = blocks_per_stage("LKM-UNet", n_conv_per_stage, n)
         self.in_channels = in_channels
         self.divisors = [math.prod(axis) for axis in zip(*steps, strict=True)]
-        self.encoder = Encoder(spatial_dims, in_channels, features, kernels, steps, depths, conv_bias, mixer)
+        self.encoder = Encoder(spatial_dims, in_channels, features, kernels, steps, depths, conv_bias, make)
         self.decoder = Decoder(deep_supervision)
         depths = blocks_per_stage("LKM-UNet", n_conv_per_stage_decoder, n - 1)
         for below, blocks in zip(range(n - 1, 0, -1), depths, strict=True):
@@ -216,9 +220,9 @@ class LKMUNet(PlannedNetwork):
             )
         init_residual_unet_(self)
 
-    def forward(self, x: Tensor) -> Union[Tensor, List[Tensor]]:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, in_channels, *size) → logits (b, out_channels, *size), or a list of them (see the class)."""
-        check_volume("LKM-UNet", x, self.in_channels, self.divisors)
+        check_input("LKM-UNet", x, self.in_channels, self.divisors)
         return self.decoder(self.encoder(x))
 
 
@@ -232,7 +236,7 @@ _RENAMES = (
 )
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Official keys → ours, every tensor once; ours pass unchanged."""
     return {rename(key, _RENAMES): value for key, value in one_copy(state_dict, NNUNET_COPIES).items()}
 
@@ -240,7 +244,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
 _UNDERSTOOD = {"norm": ("instance(eps=1e-5, affine)",), "nonlin": ("LeakyReLU(0.01)",)}
 
 
-def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
+def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `LKMUNet` in either number of dimensions."""
     refuse_unpublished("LKM-UNet", kwargs, _UNDERSTOOD)
     same = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_conv_per_stage_decoder")
@@ -269,13 +273,11 @@ _CFG = NetworkCfg(
 )
 
 
-def _create(plan: Dict[str, Any], kwargs: Dict[str, Any]) -> LKMUNet:
-    return LKMUNet(**{name: value for name, value in plan.items() if name != "patch_size"} | kwargs)
+def _create(plan: dict[str, Any], kwargs: dict[str, Any]) -> LKMUNet:
+    return LKMUNet(**({name: value for name, value in plan.items() if name != "patch_size"} | kwargs))
 
 
-@register_network(
-    replace(_CFG, input_size=(1, 40, 224, 192), results=reported(("AbdomenCT DSC", "0.8682*"))), twin=True
-)
+@register_network(replace(_CFG, input_size=(1, 40, 224, 192), results=(("AbdomenCT DSC", "0.8682*"),)), twin=True)
 def lkm_unet_3d(**kwargs: Any) -> LKMUNet:
     """LKM-UNet as planned for AbdomenCT, 63.78M parameters."""
     return _create(ABDOMEN_CT, kwargs)
@@ -290,6 +292,5 @@ def lkm_unet_2d(**kwargs: Any) -> LKMUNet:
 @register_network(replace(_CFG, input_size=(1, 10, 28, 24)), twin=True)
 def test_lkm_unet(**kwargs: Any) -> LKMUNet:
     """A micro network for tests."""
-    return _create(
-        nnunet_plan((10, 28, 24), (8, 16, 24), 1, 3), {"n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1, **kwargs}
-    )
+    plan = nnunet_plan((10, 28, 24), (8, 16, 24), 1, 3)
+    return _create(plan, {"n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1} | kwargs)

@@ -5,17 +5,21 @@ https://arxiv.org/abs/2402.03526
 Official code and weights (no licence stated): https://github.com/lhaof/nnMamba
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmvision.layers import Mamba
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, rename
-from ssmvision.segmentation._blocks import check_mixer, check_volume, in_full_precision, matching_twin, one_copy
+from ssmvision.segmentation._blocks import one_copy
+from ssmvision.segmentation._mixers import MakeMixer, in_full_precision, mamba_or_twin
+from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 
 __all__ = ["NNMambaClassifier", "NNMambaSegmenter"]
 
@@ -43,24 +47,23 @@ class MambaLayer(nn.Module):
 
     Args:
         dim: Channels.
-        d_state: Size of the state per channel.
+        make: Builds the mixer.
         flips: Average the mixer over the tokens as they are, with channels reversed, with their order reversed, and
             with both reversed.
-        mixer: "mamba", or "none" for the twin.
     """
 
-    def __init__(self, dim: int, d_state: int, flips: bool, mixer: str) -> None:
+    def __init__(self, dim: int, make: MakeMixer, flips: bool = False) -> None:
         super().__init__()
-        self.flips: List[List[int]] = [[], [2], [1], [1, 2]] if flips else [[]]
+        self.flips: list[list[int]] = [[], [2], [1], [1, 2]] if flips else [[]]
         self.nin = nn.Conv3d(dim, dim, 1, bias=False)
         self.norm = nn.BatchNorm3d(dim)
-        self.mamba = Mamba(dim, d_state) if mixer == "mamba" else matching_twin(lambda: Mamba(dim, d_state), dim)
+        self.mamba = make(dim)
         self.nin2 = nn.Conv3d(dim, dim, 1, bias=False)
         self.norm2 = nn.BatchNorm3d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.nin(x)))
-        x = x + in_full_precision(self._mix, x, self.mamba.in_proj.weight)
+        x = x + in_full_precision(self._mix, x, self.nin.weight)
         return F.relu(self.norm2(self.nin2(x)))
 
     def _mix(self, x: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ class BasicBlock(nn.Module):
             shortcut = nn.Conv3d(in_channels, channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm3d(channels))
 
-    def forward(self, x: Tensor, mamba_layer: Optional[nn.Module] = None) -> Tensor:
+    def forward(self, x: Tensor, mamba_layer: nn.Module | None = None) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if mamba_layer is not None:
             y = y + mamba_layer(x)
@@ -95,7 +98,7 @@ class BasicBlock(nn.Module):
 class Stage(nn.Module):
     """Blocks that halve the size and double the channels; all but the first add what one Mamba layer, shared, gives."""
 
-    def __init__(self, in_channels: int, blocks: int, mamba_layer: Optional[nn.Module]) -> None:
+    def __init__(self, in_channels: int, blocks: int, mamba_layer: nn.Module | None) -> None:
         super().__init__()
         channels = 2 * in_channels
         further = [BasicBlock(channels, channels) for _ in range(blocks - 1)]
@@ -119,12 +122,6 @@ class ChannelScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.sigmoid(self.layer2(F.relu(self.layer1(x.mean((2, 3, 4))))))
         return x * scale[:, :, None, None, None]
-
-
-def _check(family: str, spatial_dims: int, mixer: str) -> None:
-    check_mixer(family, mixer)
-    if spatial_dims != 3:
-        raise ValueError(f"{family}: spatial_dims must be 3, not {spatial_dims}")
 
 
 class NNMambaSegmenter(nn.Module):
@@ -156,12 +153,13 @@ class NNMambaSegmenter(nn.Module):
         mixer: str = "mamba",
     ) -> None:
         super().__init__()
-        _check("nnMamba", spatial_dims, mixer)
+        check_spatial_dims("nnMamba", spatial_dims, 3)
         self.in_channels = in_channels
+        make = mamba_or_twin("nnMamba", mixer)
         c = [channels, 2 * channels, 4 * channels, 8 * channels]
         self.in_conv = DoubleConv(in_channels, c[0], stride=2)
         self.layer1, self.layer2, self.layer3 = (
-            Stage(c[i], blocks, MambaLayer(c[i + 1], 16, True, mixer)) for i in range(3)
+            Stage(c[i], blocks, MambaLayer(c[i + 1], make, flips=True)) for i in range(3)
         )
         self.att1, self.att2, self.att3 = (ChannelScale(c[i], reduction) for i in range(3))
         self.conv5, self.conv6, self.conv7 = (DoubleConv(c[i + 1] + c[i], c[i]) for i in (2, 1, 0))
@@ -169,7 +167,7 @@ class NNMambaSegmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, d, h, w) → logits (b, out_channels, d, h, w)."""
-        check_volume("nnMamba", x, self.in_channels, (16, 16, 16))
+        check_input("nnMamba", x, self.in_channels, (16, 16, 16))
         c1 = self.in_conv(x)
         c2 = self.layer1(c1)
         c3 = self.layer2(c2)
@@ -211,10 +209,10 @@ class NNMambaClassifier(nn.Module):
         mixer: str = "mamba",
     ) -> None:
         super().__init__()
-        _check("nnMamba", spatial_dims, mixer)
+        check_spatial_dims("nnMamba", spatial_dims, 3)
         self.in_channels = in_channels
         self.in_conv = DoubleConv(in_channels, channels, stride=2)
-        self.mamba_layer_stem = MambaLayer(channels, 8, False, mixer)
+        self.mamba_layer_stem = MambaLayer(channels, mamba_or_twin("nnMamba", mixer, d_state=8))
         self.layer1, self.layer2, self.layer3 = (Stage(channels << i, blocks, None) for i in range(3))
         self.mlp = nn.Sequential(
             nn.Linear(14 * channels, channels), nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(channels, out_channels)
@@ -222,7 +220,7 @@ class NNMambaClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, d, h, w) → logits (b, out_channels)."""
-        check_volume("nnMamba", x, self.in_channels, (1, 1, 1))
+        check_input("nnMamba", x, self.in_channels, (1, 1, 1))
         x = self.in_conv(x)
         x = self.mamba_layer_stem(x) + x
         means = []
@@ -239,12 +237,12 @@ _RENAMES = ((r"^(layer\d)\.\d+\.mamba_layer\.", r"\1.mamba_layer."), (r"^(layer\
 _DEEP_HEADS = ("ds1_cls_conv.", "ds2_cls_conv.", "ds3_cls_conv.")
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Official keys → ours, every tensor once and without heads for deep supervision; ours pass unchanged."""
     return one_copy({key: value for key, value in state_dict.items() if not key.startswith(_DEEP_HEADS)}, _RENAMES)
 
 
-def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
+def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `nnMambaSeg` or `nnMambaEncoder`."""
     names = {"in_ch": "in_channels", "number_classes": "out_channels", "attention_r": "reduction"}
     given = {names.get(name, name): value for name, value in kwargs.items()}
@@ -305,10 +303,10 @@ def nnmamba_cls(**kwargs: Any) -> NNMambaClassifier:
 @register_network(replace(_SEG, by_hand="", input_size=(1, 16, 16, 32), results=()), twin=True)
 def test_nnmamba_seg(**kwargs: Any) -> NNMambaSegmenter:
     """A micro network for tests."""
-    return NNMambaSegmenter(**{"out_channels": 3, "channels": 6, "blocks": 2, "reduction": 3, **kwargs})
+    return NNMambaSegmenter(**({"out_channels": 3, "channels": 6, "blocks": 2, "reduction": 3} | kwargs))
 
 
 @register_network(replace(_CLS, by_hand="", input_size=(1, 16, 16, 32), results=()), twin=True)
 def test_nnmamba_cls(**kwargs: Any) -> NNMambaClassifier:
     """A micro network for tests."""
-    return NNMambaClassifier(**{"channels": 6, "blocks": 1, **kwargs})
+    return NNMambaClassifier(**({"channels": 6, "blocks": 1} | kwargs))

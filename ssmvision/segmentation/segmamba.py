@@ -5,9 +5,12 @@ https://arxiv.org/abs/2401.13560
 Official code (no licence stated; no weights were published): https://github.com/ge-xing/SegMamba
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,14 +18,9 @@ from torch import Tensor, nn
 from ssmvision.layers import TriMamba
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, refuse_unpublished, rename
-from ssmvision.segmentation._blocks import (
-    check_mixer,
-    check_volume,
-    in_full_precision,
-    instance_norm,
-    matching_twin,
-    reported,
-)
+from ssmvision.segmentation._blocks import instance_norm
+from ssmvision.segmentation._mixers import MakeMixer, in_full_precision, mixer_or_twin
+from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 from ssmvision.segmentation._unetr import UNETR_RENAMES, ResBlock, UpBlock
 
 __all__ = ["SegMamba"]
@@ -50,10 +48,10 @@ class GatedSpatialConv(nn.Module):
 class MambaLayer(nn.Module):
     """x + mixer(norm(x)) over the tokens of a volume: (b, c, d, h, w) → the same."""
 
-    def __init__(self, dim: int, nslices: int, mixer: str) -> None:
+    def __init__(self, dim: int, make: MakeMixer) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.mamba = TriMamba(dim, nslices) if mixer == "mamba" else matching_twin(lambda: TriMamba(dim, nslices), dim)
+        self.mamba = make(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + in_full_precision(self._mix, x, self.norm.weight)
@@ -79,7 +77,7 @@ class MambaEncoder(nn.Module):
     """Returns the map of every stage for the decoder; those are normed and have gone through an MLP, the way on not."""
 
     def __init__(
-        self, in_channels: int, dims: Sequence[int], depths: Sequence[int], nslices: Sequence[int], mixer: str
+        self, in_channels: int, dims: Sequence[int], depths: Sequence[int], makes: Sequence[MakeMixer]
     ) -> None:
         super().__init__()
         down = [nn.Sequential(nn.Conv3d(in_channels, dims[0], 7, stride=2, padding=3))]
@@ -88,13 +86,13 @@ class MambaEncoder(nn.Module):
         self.downsample_layers = nn.ModuleList(down)
         self.gscs = nn.ModuleList(GatedSpatialConv(dim) for dim in dims)
         self.stages = nn.ModuleList(
-            nn.Sequential(*(MambaLayer(dim, pieces, mixer) for _ in range(depth)))
-            for dim, depth, pieces in zip(dims, depths, nslices, strict=True)
+            nn.Sequential(*(MambaLayer(dim, make) for _ in range(depth)))
+            for dim, depth, make in zip(dims, depths, makes, strict=True)
         )
         self.norms = nn.ModuleList(instance_norm(3, dim, affine=False) for dim in dims)
         self.mlps = nn.ModuleList(VoxelMlp(dim) for dim in dims)
 
-    def forward(self, x: Tensor) -> List[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
         parts = zip(self.downsample_layers, self.gscs, self.stages, self.norms, self.mlps, strict=True)
         for down, gsc, stage, norm, mlp in parts:
@@ -135,16 +133,15 @@ class SegMamba(nn.Module):
         mixer: str = "mamba",
     ) -> None:
         super().__init__()
-        check_mixer("SegMamba", mixer)
-        if spatial_dims != 3:
-            raise ValueError(f"SegMamba: spatial_dims must be 3, not {spatial_dims}")
+        check_spatial_dims("SegMamba", spatial_dims, 3)
         if {len(depths), len(feat_size), len(nslices)} != {4}:
             raise ValueError(
                 f"SegMamba has four stages; depths, feat_size and nslices have {len(depths)}, {len(feat_size)} and "
                 f"{len(nslices)} entries"
             )
         self.in_channels, self.nslices = in_channels, tuple(nslices)
-        self.vit = MambaEncoder(in_channels, feat_size, depths, nslices, mixer)
+        makes = [mixer_or_twin("SegMamba", mixer, "mamba", TriMamba, nslices=pieces) for pieces in nslices]
+        self.vit = MambaEncoder(in_channels, feat_size, depths, makes)
         widths = [in_channels, *feat_size, hidden_size]
         self.encoder1, self.encoder2, self.encoder3, self.encoder4, self.encoder5 = (
             ResBlock(3, before, after) for before, after in pairwise(widths)
@@ -157,7 +154,7 @@ class SegMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, d, h, w) → logits (b, out_channels, d, h, w)."""
-        check_volume("SegMamba", x, self.in_channels, (16, 16, 16))
+        check_input("SegMamba", x, self.in_channels, (16, 16, 16))
         self._check_slices(x)
         maps = self.vit(x)
         y = self.decoder5(self.encoder5(maps[3]), self.encoder4(maps[2]))
@@ -176,12 +173,12 @@ class SegMamba(nn.Module):
                 )
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Official keys → ours; ours pass unchanged."""
     return {key if key.startswith("vit.") else rename(key, UNETR_RENAMES): value for key, value in state_dict.items()}
 
 
-def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
+def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `SegMamba`; its head, made for 48 channels, takes any number here."""
     refuse_unpublished("SegMamba", kwargs, {"norm_name": ("instance",), "res_block": (True,), "spatial_dims": (3,)})
     arguments = {"in_chans": "in_channels", "out_chans": "out_channels"}
@@ -192,15 +189,13 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
     return OfficialModel(model, lambda name: [Tap(name)])
 
 
-_SOURCE = "https://github.com/ge-xing/SegMamba"
-
 _CFG = NetworkCfg(
     paper_name="SegMamba: Long-range Sequential Modeling Mamba For 3D Medical Image Segmentation",
     paper_ids="arXiv:2401.13560",
-    origin_url=_SOURCE,
+    origin_url="https://github.com/ge-xing/SegMamba",
     license="none stated",
     input_size=(4, 128, 128, 128),
-    results=reported(
+    results=(
         ("BraTS2023 Dice, whole tumor", "93.61"),
         ("BraTS2023 Dice, tumor core", "92.65*"),
         ("BraTS2023 Dice, enhancing tumor", "87.71*"),
@@ -216,20 +211,17 @@ _CFG = NetworkCfg(
 )
 
 
-def _create(kwargs: Dict[str, Any], **defaults: Any) -> SegMamba:
-    return SegMamba(**{**defaults, **kwargs})
-
-
 @register_network(_CFG, twin=True)
 def segmamba(**kwargs: Any) -> SegMamba:
     """SegMamba as trained on BraTS2023, 67.42M parameters."""
-    return _create(kwargs)
+    return SegMamba(**kwargs)
 
 
 @register_network(replace(_CFG, input_size=(1, 16, 16, 32), results=()), twin=True)
 def test_segmamba(**kwargs: Any) -> SegMamba:
     """A micro network for tests."""
-    return _create(
-        kwargs, in_channels=1, out_channels=3, depths=(1, 1, 1, 1), feat_size=(8, 8, 12, 12), hidden_size=12,
-        nslices=(8, 4, 2, 1),
-    )  # fmt: skip
+    args: dict[str, Any] = {
+        "in_channels": 1, "out_channels": 3, "depths": (1, 1, 1, 1), "feat_size": (8, 8, 12, 12), "hidden_size": 12,
+        "nslices": (8, 4, 2, 1),
+    }  # fmt: skip
+    return SegMamba(**(args | kwargs))

@@ -18,10 +18,11 @@ from ssmvision.layers.vss_block import PatchMerging, PatchStem
 from ssmvision.models._init import init_linear
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, as_is, nhwc, refuse_unpublished, rename
-from ssmvision.segmentation._mixers import ss2d_or_twin
+from ssmvision.segmentation._blocks import drop_path_rates
+from ssmvision.segmentation._mixers import MakeMixer, ss2d_or_twin
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 from ssmvision.segmentation._unetr import UNETR_RENAMES, ResBlock, UpBlock
-from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, drop_path_rates, make_layer
+from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, make_layer
 
 __all__ = ["SwinUMamba", "SwinUMambaD"]
 
@@ -35,14 +36,12 @@ class VSSEncoder(nn.Module):
         patch_size: int,
         dims: Sequence[int],
         depths: Sequence[int],
-        d_state: int,
+        make: MakeMixer,
         drop_path_rate: float,
-        mixer: str,
     ) -> None:
         super().__init__()
         if len(dims) != len(depths):
-            raise ValueError(f"there must be one depth per stage, {len(dims)}, not {depths}")
-        make = ss2d_or_twin(mixer, d_state)
+            raise ValueError(f"Swin-UMamba has as many depths as stages, {len(dims)}, not {tuple(depths)}")
         rates = drop_path_rates(drop_path_rate, depths)
         self.patch_embed = PatchStem(in_channels, dims[0], patch_size)
         self.layers = nn.ModuleList(make_layer(dim, rate, make) for dim, rate in zip(dims, rates, strict=True))
@@ -63,20 +62,25 @@ class SwinUMamba(nn.Module):
     Args:
         in_channels: Input channels.
         out_channels: Classes.
-        features: Channels of the stem and of each stage.
+        features: Channels of each resolution, of the stem (Swin-UMamba alone has one) and of each stage; None for 48,
+            96, 192, 384 and 768, of which the first is the stem's.
         depths: Blocks of each stage.
-        deep_supervision: Return logits at 1, 1/2, 1/4 and 1/8 of the resolution instead, finest first.
+        deep_supervision: Return logits of all heads instead, finest first: at 1, 1/2, 1/4 and 1/8 of the resolution,
+            of Swin-UMamba-D at 1, 1/4, 1/8 and 1/16.
         d_state: Size of the state of the scans.
-        drop_path_rate: Largest stochastic depth rate.
+        drop_path_rate: Largest stochastic depth rate of the encoder.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
         spatial_dims: 2 and nothing else, for callers that state it.
     """
+
+    name = "Swin-UMamba"
+    default_features: tuple[int, ...] = (48, 96, 192, 384, 768)
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        features: Sequence[int] = (48, 96, 192, 384, 768),
+        features: Sequence[int] | None = None,
         depths: Sequence[int] = (2, 2, 9, 2),
         deep_supervision: bool = False,
         d_state: int = 16,
@@ -84,14 +88,25 @@ class SwinUMamba(nn.Module):
         mixer: str = "ss2d",
         spatial_dims: int = 2,
     ) -> None:
-        check_spatial_dims("Swin-UMamba", spatial_dims, 2)
+        check_spatial_dims(self.name, spatial_dims, 2)
         super().__init__()
         self.in_channels = in_channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, features[0], 7, stride=2, padding=3), nn.InstanceNorm2d(features[0], affine=True)
-        )
-        self.vssm_encoder = VSSEncoder(features[0], 2, features[1:], depths, d_state, drop_path_rate, mixer)
-        wider = [in_channels, *features]
+        make = ss2d_or_twin(self.name, mixer, d_state)
+        features = features or self.default_features
+        self.vssm_encoder = self._make_encoder(features, depths, make, drop_path_rate)
+        self._make_decoder(features, out_channels, deep_supervision, make)
+
+    def _make_encoder(
+        self, features: Sequence[int], depths: Sequence[int], make: MakeMixer, drop_path_rate: float
+    ) -> VSSEncoder:
+        conv = nn.Conv2d(self.in_channels, features[0], 7, stride=2, padding=3)
+        self.stem = nn.Sequential(conv, nn.InstanceNorm2d(features[0], affine=True))
+        return VSSEncoder(features[0], 2, features[1:], depths, make, drop_path_rate)
+
+    def _make_decoder(
+        self, features: Sequence[int], out_channels: int, deep_supervision: bool, make: MakeMixer
+    ) -> None:
+        wider = [self.in_channels, *features]
         self.encoders = nn.ModuleList(ResBlock(2, wide, out) for wide, out in zip(wider, features, strict=False))
         below = [features[-1], *features[::-1]]
         self.decoders = nn.ModuleList(UpBlock(2, deep, out) for deep, out in zip(below, features[::-1], strict=False))
@@ -101,7 +116,11 @@ class SwinUMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, in_channels, h, w) → (b, out_channels, h, w), or a list with `deep_supervision`."""
-        check_input("Swin-UMamba", x, (self.in_channels,), 2, 32)
+        divisor = 4 * 2 ** (len(self.vssm_encoder.layers) - 1)
+        check_input(self.name, x, self.in_channels, (divisor, divisor))
+        return self._segment(x)
+
+    def _segment(self, x: Tensor) -> Tensor | list[Tensor]:
         stem = self.stem(x)
         *maps, deepest = self.vssm_encoder(stem)
         skips = [encoder(features) for encoder, features in zip(self.encoders, [x, stem, *maps], strict=True)]
@@ -122,11 +141,8 @@ def _predict(heads: Sequence[tuple[nn.Module, Tensor]], deep_supervision: bool) 
 class VSSDecoder(nn.Module):
     """Patch expanding, concatenation with a skip and two VSS blocks per stage, and a patch expanding by 4."""
 
-    def __init__(
-        self, dims: Sequence[int], out_channels: int, deep_supervision: bool, d_state: int, mixer: str
-    ) -> None:
+    def __init__(self, dims: Sequence[int], out_channels: int, deep_supervision: bool, make: MakeMixer) -> None:
         super().__init__()
-        make = ss2d_or_twin(mixer, d_state)
         below, dims = dims[:0:-1], dims[-2::-1]
         self.expand_layers = nn.ModuleList(PatchExpand(deep, dim) for deep, dim in zip(below, dims, strict=True))
         self.expand_layers.append(PatchExpand(dims[-1], dims[-1], 4))
@@ -149,43 +165,23 @@ class VSSDecoder(nn.Module):
         return _predict(heads, self.deep_supervision)
 
 
-class SwinUMambaD(nn.Module):
-    """Swin-UMamba-D: (b, in_channels, h, w) → logits (b, out_channels, h, w), for sides that are multiples of 32.
+class SwinUMambaD(SwinUMamba):
+    """Swin-UMamba-D: no stem, and a decoder of VSS blocks; otherwise, with its arguments, as Swin-UMamba."""
 
-    Args:
-        in_channels: Input channels.
-        out_channels: Classes.
-        dims: Channels of each stage, doubling.
-        depths: Blocks of each stage of the encoder; those of the decoder have two.
-        deep_supervision: Return logits at 1, 1/4, 1/8 and 1/16 of the resolution instead, finest first.
-        d_state: Size of the state of the scans.
-        drop_path_rate: Largest stochastic depth rate of the encoder.
-        mixer: "ss2d", or "none" for gated convolutions instead of the scans.
-        spatial_dims: 2 and nothing else, for callers that state it.
-    """
+    name = "Swin-UMamba-D"
+    default_features = (96, 192, 384, 768)
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        dims: Sequence[int] = (96, 192, 384, 768),
-        depths: Sequence[int] = (2, 2, 9, 2),
-        deep_supervision: bool = False,
-        d_state: int = 16,
-        drop_path_rate: float = 0.0,
-        mixer: str = "ss2d",
-        spatial_dims: int = 2,
+    def _make_encoder(
+        self, features: Sequence[int], depths: Sequence[int], make: MakeMixer, drop_path_rate: float
+    ) -> VSSEncoder:
+        return VSSEncoder(self.in_channels, 4, features, depths, make, drop_path_rate)
+
+    def _make_decoder(
+        self, features: Sequence[int], out_channels: int, deep_supervision: bool, make: MakeMixer
     ) -> None:
-        check_spatial_dims("Swin-UMamba-D", spatial_dims, 2)
-        super().__init__()
-        self.in_channels = in_channels
-        self.vssm_encoder = VSSEncoder(in_channels, 4, dims, depths, d_state, drop_path_rate, mixer)
-        self.decoder = VSSDecoder(dims, out_channels, deep_supervision, d_state, mixer)
+        self.decoder = VSSDecoder(features, out_channels, deep_supervision, make)
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(b, in_channels, h, w) → (b, out_channels, h, w), or a list with `deep_supervision`."""
-        stages = len(self.vssm_encoder.layers)
-        check_input("Swin-UMamba-D", x, (self.in_channels,), 2, 4 * 2 ** (stages - 1))
+    def _segment(self, x: Tensor) -> Tensor | list[Tensor]:
         return self.decoder(self.vssm_encoder(x))
 
 
@@ -234,108 +230,69 @@ def _demand(name: str, kwargs: Mapping[str, Any], value: Any) -> None:
         raise ValueError(f"{name} must be {value} to fit the other widths, not {given}")
 
 
-_WHERE = "the Google Drive folder linked in https://github.com/JiarunLiu/Swin-UMamba"
+def _cfg(*input_size: int, **fields: Any) -> NetworkCfg:
+    common = {
+        "paper_name": "Swin-UMamba: Mamba-based UNet with ImageNet-based pretraining", "paper_ids": "arXiv:2402.03302",
+        "origin_url": "https://github.com/JiarunLiu/Swin-UMamba", "license": "Apache-2.0", "input_size": input_size,
+        "by_hand": "the Google Drive folder linked in https://github.com/JiarunLiu/Swin-UMamba",
+        "results_source": "https://arxiv.org/abs/2402.03302",
+        "caveats": ("The results rest on an encoder trained on ImageNet; this one starts from random weights.",),
+    }  # fmt: skip
+    return NetworkCfg(**(common | fields))
 
 
-def _cfg(input_size: tuple[int, ...], results: tuple[tuple[str, str], ...] = (), by_hand: str = _WHERE) -> NetworkCfg:
-    return NetworkCfg(
-        paper_name="Swin-UMamba: Mamba-based UNet with ImageNet-based pretraining",
-        paper_ids="arXiv:2402.03302",
-        origin_url="https://github.com/JiarunLiu/Swin-UMamba",
-        license="Apache-2.0",
-        by_hand=by_hand,
-        input_size=input_size,
-        results=results,
-        results_source="https://arxiv.org/abs/2402.03302" if results else "",
-        caveats=(
-            "The results are recalled from the paper, not re-read.",
-            "They rest on an encoder trained on ImageNet; this one starts from random weights.",
-        ),
-    )
+# Channels and classes of the data sets.
+_ABDOMEN_MR: dict[str, Any] = {"in_channels": 1, "out_channels": 14}
+_ENDOSCOPY: dict[str, Any] = {"in_channels": 3, "out_channels": 8}
+_MICROSCOPY: dict[str, Any] = {"in_channels": 3, "out_channels": 3}
 
 
-@register_network(
-    _cfg(
-        (1, 320, 320),
-        (
-            ("AbdomenMR DSC", "0.7760*"),
-            ("AbdomenMR NSD", "0.8421*"),
-        ),
-    ),
-    twin=True,
-)
+@register_network(_cfg(1, 320, 320, results=(("AbdomenMR DSC", "0.7760*"), ("AbdomenMR NSD", "0.8421*"))), twin=True)
 def swin_umamba(**kwargs: Any) -> SwinUMamba:
     """Swin-UMamba, 59.9M parameters, for AbdomenMR."""
-    return SwinUMamba(**({"in_channels": 1, "out_channels": 14} | kwargs))
+    return SwinUMamba(**(_ABDOMEN_MR | kwargs))
 
 
-@register_network(
-    _cfg(
-        (3, 384, 640),
-        (
-            ("Endoscopy DSC", "0.6767*"),
-            ("Endoscopy NSD", "0.6922*"),
-        ),
-    ),
-    twin=True,
-)
+@register_network(_cfg(3, 384, 640, results=(("Endoscopy DSC", "0.6767*"), ("Endoscopy NSD", "0.6922*"))), twin=True)
 def swin_umamba_endoscopy(**kwargs: Any) -> SwinUMamba:
     """Swin-UMamba, 59.9M parameters, for Endoscopy."""
-    return SwinUMamba(**({"in_channels": 3, "out_channels": 8} | kwargs))
+    return SwinUMamba(**(_ENDOSCOPY | kwargs))
 
 
-@register_network(_cfg((3, 512, 512), (("Microscopy F1", "0.5806*"),)), twin=True)
+@register_network(_cfg(3, 512, 512, results=(("Microscopy F1", "0.5806*"),)), twin=True)
 def swin_umamba_microscopy(**kwargs: Any) -> SwinUMamba:
     """Swin-UMamba, 59.9M parameters, for Microscopy."""
-    return SwinUMamba(**({"in_channels": 3, "out_channels": 3} | kwargs))
+    return SwinUMamba(**(_MICROSCOPY | kwargs))
 
 
-@register_network(
-    _cfg(
-        (1, 320, 320),
-        (
-            ("AbdomenMR DSC", "0.7705*"),
-            ("AbdomenMR NSD", "0.8376*"),
-        ),
-    ),
-    twin=True,
-)
+@register_network(_cfg(1, 320, 320, results=(("AbdomenMR DSC", "0.7705*"), ("AbdomenMR NSD", "0.8376*"))), twin=True)
 def swin_umamba_d(**kwargs: Any) -> SwinUMambaD:
     """Swin-UMamba-D, 27.5M parameters, for AbdomenMR."""
-    return SwinUMambaD(**({"in_channels": 1, "out_channels": 14} | kwargs))
+    return SwinUMambaD(**(_ABDOMEN_MR | kwargs))
 
 
-@register_network(
-    _cfg(
-        (3, 384, 640),
-        (
-            ("Endoscopy DSC", "0.6783*"),
-            ("Endoscopy NSD", "0.6933*"),
-        ),
-    ),
-    twin=True,
-)
+@register_network(_cfg(3, 384, 640, results=(("Endoscopy DSC", "0.6783*"), ("Endoscopy NSD", "0.6933*"))), twin=True)
 def swin_umamba_d_endoscopy(**kwargs: Any) -> SwinUMambaD:
     """Swin-UMamba-D, 27.5M parameters, for Endoscopy."""
-    return SwinUMambaD(**({"in_channels": 3, "out_channels": 8} | kwargs))
+    return SwinUMambaD(**(_ENDOSCOPY | kwargs))
 
 
-@register_network(_cfg((3, 512, 512), (("Microscopy F1", "0.5935* (uncertain)"),)), twin=True)
+@register_network(_cfg(3, 512, 512, results=(("Microscopy F1", "0.5935* (uncertain)"),)), twin=True)
 def swin_umamba_d_microscopy(**kwargs: Any) -> SwinUMambaD:
     """Swin-UMamba-D, 27.5M parameters, for Microscopy."""
-    return SwinUMambaD(**({"in_channels": 3, "out_channels": 3} | kwargs))
+    return SwinUMambaD(**(_MICROSCOPY | kwargs))
 
 
-_TEST: dict[str, Any] = {"in_channels": 1, "out_channels": 2, "depths": (1, 1, 1, 1), "d_state": 4}
+_MICRO: dict[str, Any] = {"in_channels": 1, "out_channels": 2, "depths": (1, 1, 1, 1), "d_state": 4}
 
 
-@register_network(_cfg((1, 64, 64), by_hand=""), twin=True)
+@register_network(_cfg(1, 64, 64, by_hand=""), twin=True)
 def test_swin_umamba(**kwargs: Any) -> SwinUMamba:
-    """A tiny Swin-UMamba for tests."""
-    return SwinUMamba(**(_TEST | {"features": (4, 8, 16, 32, 64)} | kwargs))
+    """A micro network for tests."""
+    return SwinUMamba(**(_MICRO | {"features": (4, 8, 16, 32, 64)} | kwargs))
 
 
-@register_network(_cfg((1, 64, 64), by_hand=""), twin=True)
+@register_network(_cfg(1, 64, 64, by_hand=""), twin=True)
 def test_swin_umamba_d(**kwargs: Any) -> SwinUMambaD:
-    """A tiny Swin-UMamba-D for tests."""
-    return SwinUMambaD(**(_TEST | {"dims": (8, 16, 32, 64)} | kwargs))
+    """A micro network for tests."""
+    return SwinUMambaD(**(_MICRO | {"features": (8, 16, 32, 64)} | kwargs))

@@ -7,7 +7,7 @@ Official code (MIT): https://github.com/wurenkai/UltraLight-VM-UNet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, rename
-from ssmvision.segmentation._mixers import mamba_or_twin
+from ssmvision.segmentation._mixers import MakeMixer, mamba_or_twin
 from ssmvision.segmentation._shapes import check_spatial_dims
 from ssmvision.segmentation._six_stages import STAGE_RENAMES, SixStages, check_dims, stage_taps
 
@@ -30,10 +30,10 @@ class PVMLayer(nn.Module):
     The mixer is the same for all groups: (b, in_channels, h, w) → (b, out_channels, h, w).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, mixer: Callable[..., nn.Module]) -> None:
+    def __init__(self, in_channels: int, out_channels: int, make: MakeMixer) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(in_channels)
-        self.mamba = mixer(in_channels // _CHUNKS)
+        self.mamba = make(in_channels // _CHUNKS)
         self.proj = nn.Linear(in_channels, out_channels)
         self.skip_scale = nn.Parameter(torch.ones(1))
 
@@ -75,7 +75,7 @@ class UltraLightVMUNet(SixStages):
     ) -> None:
         check_spatial_dims("UltraLight VM-UNet", spatial_dims, 2)
         check_dims("UltraLight VM-UNet", dims)
-        make = mamba_or_twin(mixer, d_state)
+        make = mamba_or_twin("UltraLight VM-UNet", mixer, d_state)
 
         def stage(before: int, after: int, depth: int) -> nn.Module:
             return PVMLayer(before, after, make) if depth > 2 else nn.Conv2d(before, after, 3, padding=1)
@@ -136,6 +136,6 @@ def ultralight_vm_unet(**kwargs: Any) -> UltraLightVMUNet:
 
 @register_network(_cfg(input_size=(3, 64, 64)), twin=True)
 def test_ultralight_vm_unet(**kwargs: Any) -> UltraLightVMUNet:
-    """A tiny UltraLight VM-UNet for tests."""
+    """A micro network for tests."""
     args: dict[str, Any] = {"dims": (4, 8, 8, 16, 16, 16), "d_state": 4}
     return UltraLightVMUNet(**(args | kwargs))

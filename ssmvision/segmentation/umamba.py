@@ -4,13 +4,15 @@ Paper: `U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentati
 Official code (Apache-2.0; no weights were published): https://github.com/bowang-lab/U-Mamba
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmvision.layers import Mamba
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, refuse_unpublished
 from ssmvision.segmentation._blocks import (
@@ -19,26 +21,23 @@ from ssmvision.segmentation._blocks import (
     Decoder,
     PlannedNetwork,
     ResidualBlockD,
-    blocks_per_stage,
-    check_mixer,
-    check_plan,
-    check_volume,
-    in_full_precision,
     init_residual_unet_,
     instance_norm,
-    matching_twin,
     one_copy,
-    per_axis,
-    reported,
 )
+from ssmvision.segmentation._mixers import MakeMixer, in_full_precision, mamba_or_twin
 from ssmvision.segmentation._plans import (
     ABDOMEN_CT,
     ABDOMEN_MR,
     ABDOMEN_MR_2D,
     ENDOSCOPY,
     MICROSCOPY,
+    blocks_per_stage,
+    check_plan,
     nnunet_plan,
+    per_axis,
 )
+from ssmvision.segmentation._shapes import check_input
 
 __all__ = ["UMamba"]
 
@@ -75,15 +74,15 @@ class MambaLayer(nn.Module):
 
     Args:
         dim: Channels, or positions if `channel_tokens`.
+        make: Builds the mixer.
         channel_tokens: Let the channels be the tokens and the positions the features of each; fixes the map's size.
-        mixer: "mamba", or "none" for the twin.
     """
 
-    def __init__(self, dim: int, channel_tokens: bool = False, mixer: str = "mamba") -> None:
+    def __init__(self, dim: int, make: MakeMixer, channel_tokens: bool = False) -> None:
         super().__init__()
         self.channel_tokens = channel_tokens
         self.norm = nn.LayerNorm(dim)
-        self.mamba = Mamba(dim) if mixer == "mamba" else matching_twin(lambda: Mamba(dim), dim)
+        self.mamba = make(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, *size) → the same."""
@@ -99,13 +98,13 @@ class MambaLayer(nn.Module):
 class Encoder(nn.Module):
     """Stem and stages; returns what each stage hands to the decoder, finest first."""
 
-    def __init__(self, stem: nn.Module, stages: List[nn.Module], mamba_layers: List[nn.Module]) -> None:
+    def __init__(self, stem: nn.Module, stages: list[nn.Module], mamba_layers: list[nn.Module]) -> None:
         super().__init__()
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.mamba_layers = nn.ModuleList(mamba_layers)
 
-    def forward(self, x: Tensor) -> List[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         x, skips = self.stem(x), []
         for stage, mamba in zip(self.stages, self.mamba_layers, strict=True):
             x = mamba(stage(x))
@@ -179,24 +178,25 @@ class UMamba(PlannedNetwork):
         in_channels: int,
         out_channels: int,
         features_per_stage: Sequence[int],
-        kernel_sizes: Sequence[Union[int, Sequence[int]]],
-        strides: Sequence[Union[int, Sequence[int]]],
-        n_conv_per_stage: Union[int, Sequence[int]] = 2,
-        n_conv_per_stage_decoder: Union[int, Sequence[int]] = 2,
+        kernel_sizes: Sequence[int | Sequence[int]],
+        strides: Sequence[int | Sequence[int]],
+        n_conv_per_stage: int | Sequence[int] = 2,
+        n_conv_per_stage_decoder: int | Sequence[int] = 2,
         placement: str = "bot",
-        patch_size: Optional[Sequence[int]] = None,
+        patch_size: Sequence[int] | None = None,
         conv_bias: bool = True,
         deep_supervision: bool = False,
         mixer: str = "mamba",
     ) -> None:
         super().__init__()
-        check_mixer("U-Mamba", mixer)
+        make = mamba_or_twin("U-Mamba", mixer)
         n = len(features_per_stage)
         check_plan("U-Mamba", spatial_dims, n, kernel_sizes, strides)
         _check_placement(spatial_dims, placement, patch_size)
         kernels = [per_axis(kernel, spatial_dims) for kernel in kernel_sizes]
         steps = [per_axis(stride, spatial_dims) for stride in strides]
-        self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.patch_size = None if patch_size is None else tuple(patch_size)
         self.divisors = [math.prod(axis) for axis in zip(*steps, strict=True)]
         depths = _depths(n_conv_per_stage, n, math.ceil(n / 2))
         decoder_depths = _depths(n_conv_per_stage_decoder, n - 1, math.ceil((n - 1) / 2 + 0.5))
@@ -207,55 +207,62 @@ class UMamba(PlannedNetwork):
                 _stage(spatial_dims, widths[i], widths[i + 1], kernels[i], steps[i], depths[i], conv_bias)
                 for i in range(n)
             ],
-            _mamba_layers(features_per_stage, steps, patch_size, mixer) if placement == "enc" else
+            _mamba_layers(features_per_stage, steps, patch_size, make) if placement == "enc" else
             [nn.Identity() for _ in range(n)],
         )  # fmt: skip
         self.fixed_size = any(getattr(layer, "channel_tokens", False) for layer in self.encoder.mamba_layers)
-        self.mamba_layer = MambaLayer(widths[-1], mixer=mixer) if placement == "bot" else nn.Identity()
+        self.mamba_layer = MambaLayer(widths[-1], make) if placement == "bot" else nn.Identity()
         self.decoder = _decoder(
             spatial_dims, features_per_stage, kernels, steps, decoder_depths, out_channels, deep_supervision, conv_bias
         )
         init_residual_unet_(self)
 
-    def forward(self, x: Tensor) -> Union[Tensor, List[Tensor]]:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, in_channels, *size) → logits (b, out_channels, *size), or a list of them (see the class)."""
-        fixed = self.patch_size if self.fixed_size else None
-        why = "stages with channels for tokens fix the input's size"
-        check_volume("U-Mamba", x, self.in_channels, self.divisors, fixed, why)
+        check_input("U-Mamba", x, self.in_channels, self.divisors)
+        if self.fixed_size:
+            self._check_size(tuple(x.shape[2:]))
         skips = self.encoder(x)
         return self.decoder([*skips[:-1], self.mamba_layer(skips[-1])])
 
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        if size != self.patch_size:
+            raise ValueError(
+                f"U-Mamba: stages with channels for tokens fix the input's size; its patch_size is {self.patch_size}, "
+                f"the input's {size}"
+            )
 
-def _check_placement(spatial_dims: int, placement: str, patch_size: Optional[Sequence[int]]) -> None:
+
+def _check_placement(spatial_dims: int, placement: str, patch_size: Sequence[int] | None) -> None:
     if placement not in ("bot", "enc"):
         raise ValueError(f"U-Mamba: placement must be 'bot' or 'enc', not {placement!r}")
     if placement == "enc" and (patch_size is None or len(patch_size) != spatial_dims):
         raise ValueError(f"U-Mamba Enc is planned for one patch_size of {spatial_dims} axes, not {patch_size}")
 
 
-def _depths(blocks: Union[int, Sequence[int]], stages: int, whole: int) -> List[int]:
+def _depths(blocks: int | Sequence[int], stages: int, whole: int) -> list[int]:
     """Blocks of each stage; from stage `whole` on there is one, whatever was asked for."""
     return blocks_per_stage("U-Mamba", blocks, stages)[:whole] + [1] * (stages - whole)
 
 
 def _mamba_layers(
-    features: Sequence[int], strides: Sequence[Sequence[int]], patch_size: Optional[Sequence[int]], mixer: str
-) -> List[nn.Module]:
+    features: Sequence[int], strides: Sequence[Sequence[int]], patch_size: Sequence[int] | None, make: MakeMixer
+) -> list[nn.Module]:
     """The layers of Enc: after every stage, in two dimensions after every second one that ends with the last."""
     assert patch_size is not None
     size, n = tuple(patch_size), len(features)
-    layers: List[nn.Module] = []
+    layers: list[nn.Module] = []
     for stage, (channels, stride) in enumerate(zip(features, strides, strict=True)):
         size = tuple(length // step for length, step in zip(size, stride, strict=True))
         if len(size) == 2 and (n - 1 - stage) % 2:
             layers.append(nn.Identity())
             continue
         by_channel = math.prod(size) <= channels
-        layers.append(MambaLayer(math.prod(size) if by_channel else channels, by_channel, mixer))
+        layers.append(MambaLayer(math.prod(size) if by_channel else channels, make, by_channel))
     return layers
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Official keys, every tensor once; ours pass unchanged."""
     return one_copy(state_dict, NNUNET_COPIES)
 
@@ -263,7 +270,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
 _UNDERSTOOD = {"norm": ("instance(eps=1e-5, affine)",), "nonlin": ("LeakyReLU(0.01)",)}
 
 
-def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
+def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `UMambaBot` and `UMambaEnc`."""
     refuse_unpublished("U-Mamba", kwargs, _UNDERSTOOD)
     found = [placement for placement in ("bot", "enc") if f"umamba{placement}" in official_class.lower()]
@@ -295,21 +302,21 @@ _MICRO_2D = nnunet_plan((32, 48), (8, 16, 24), 1, 3)
 _MICRO_3D = nnunet_plan((8, 16, 16), (8, 12, 20, 20), 1, 3)
 
 
-def _cfg(placement: str, plan: Dict[str, Any], *results: Tuple[str, str]) -> NetworkCfg:
+def _cfg(placement: str, plan: dict[str, Any], *results: tuple[str, str]) -> NetworkCfg:
     return NetworkCfg(
         paper_name="U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation",
         paper_ids="arXiv:2401.04722",
         origin_url=_SOURCE,
         license="Apache-2.0",
         input_size=(plan["in_channels"], *plan["patch_size"]),
-        results=reported(*results),
+        results=results,
         results_source="https://arxiv.org/abs/2401.04722",
         caveats=(_BASELINE, _PLAN, _CHANNEL_TOKENS) if placement == "enc" else (_BASELINE, _PLAN),
     )
 
 
-def _create(placement: str, plan: Dict[str, Any], kwargs: Dict[str, Any]) -> UMamba:
-    return UMamba(**{**plan, "placement": placement, **kwargs})
+def _create(placement: str, plan: dict[str, Any], kwargs: dict[str, Any]) -> UMamba:
+    return UMamba(**(plan | {"placement": placement} | kwargs))
 
 
 @register_network(

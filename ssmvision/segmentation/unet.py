@@ -17,15 +17,9 @@ from ssmvision.hub import NetworkCfg
 from ssmvision.layers import SS2D, BiMamba, Mamba, Mamba2
 from ssmvision.models._networks import register_network
 from ssmvision.ops import routes
-from ssmvision.segmentation._blocks import (
-    CONVS,
-    TRANSPOSED_CONVS,
-    ConvNormAct,
-    Decoder,
-    in_full_precision,
-    matching_twin,
-)
-from ssmvision.segmentation._shapes import check_input
+from ssmvision.segmentation._blocks import CONVS, TRANSPOSED_CONVS, ConvNormAct, Decoder
+from ssmvision.segmentation._mixers import check_mixer, in_full_precision, mamba_or_twin
+from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 
 __all__ = ["MIXERS", "SS3D", "MixerUNet", "UNet2d"]
 
@@ -95,7 +89,7 @@ class UNet2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) → logits (b, out_channels, h, w)."""
-        check_input("UNet2d", x, (self.in_channels,), 2, 1)
+        check_input("UNet2d", x, self.in_channels, (1, 1))
         size = x.shape[2:]
         maps = self.encoder(_padded(x, self.stride))
         x = self.decoder([m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps)
@@ -187,7 +181,7 @@ MIXERS: dict[str, Callable[[int, int], nn.Module]] = {
     "bimamba": lambda dim, _: _OverTokens(BiMamba(dim)),
     "ss3d": lambda dim, dims: SS3D(dim) if dims == 3 else SS2D(dim, d_state=16, conv_bias=True, gate=True),
     "mamba2": lambda dim, _: _OverTokens(Mamba2(dim, headdim=math.gcd(2 * dim, 64))),
-    "none": lambda dim, _: _OverTokens(matching_twin(lambda: Mamba(dim), dim)),
+    "none": lambda dim, _: _OverTokens(mamba_or_twin("MixerUNet", "none")(dim)),
     "attention": lambda dim, _: _OverTokens(Attention(dim, num_heads=1 if dim % 32 else dim // 32, qkv_bias=True)),
     "conv": _Conv,
 }
@@ -236,8 +230,7 @@ class MixerUNet(nn.Module):
         mixer: str = "mamba",
     ) -> None:
         super().__init__()
-        if spatial_dims not in CONVS:
-            raise ValueError(f"MixerUNet: spatial_dims must be 2 or 3, not {spatial_dims}")
+        check_spatial_dims("MixerUNet", spatial_dims, 2, 3)
         if mixer not in MIXERS:
             raise ValueError(f"MixerUNet: mixer must be one of {', '.join(MIXERS)}, not {mixer!r}")
         if len(channels) < 2:
@@ -257,22 +250,23 @@ class MixerUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, *size) → logits (b, out_channels, *size)."""
-        check_input("MixerUNet", x, (self.in_channels,), self.spatial_dims, 1)
+        check_input("MixerUNet", x, self.in_channels, (1,) * self.spatial_dims)
         skips = [self.stem(_padded(x, self.stride))]
         for stage in self.stages:
             skips.append(stage(skips[-1]))
         return _cropped(self.head(self.decoder(skips)), x.shape[2:])
 
 
-def _cfg(*size: int, caveats: tuple[str, ...] = ()) -> NetworkCfg:
-    return NetworkCfg(
-        paper_name="U-Net: Convolutional Networks for Biomedical Image Segmentation",
-        paper_ids="arXiv:1505.04597",
-        origin_url="https://arxiv.org/abs/1505.04597",
-        license="Apache-2.0",
-        input_size=size,
-        caveats=("The combination is this package's own: it has neither weights nor reported results.", *caveats),
-    )
+_OWN = "The combination is this package's own: it has neither weights nor reported results."
+
+
+def _cfg(*input_size: int, **fields: Any) -> NetworkCfg:
+    common = {
+        "paper_name": "U-Net: Convolutional Networks for Biomedical Image Segmentation",
+        "paper_ids": "arXiv:1505.04597", "origin_url": "https://arxiv.org/abs/1505.04597", "license": "Apache-2.0",
+        "input_size": input_size, "caveats": (_OWN,),
+    }  # fmt: skip
+    return NetworkCfg(**(common | fields))
 
 
 # Encoder, its widths and depths of the ConvNeXt that stands in its place in the twin (whole networks differ by less
@@ -296,25 +290,21 @@ def _register_unet(name: str) -> None:
     encoder, dims, depths, size, args = _UNETS[name]
 
     def entrypoint(mixer: str = "ssm", spatial_dims: int = 2, **kwargs: Any) -> UNet2d:
-        if mixer not in ("ssm", "none"):
-            raise ValueError(f"{name}: mixer must be 'ssm' or 'none' (the twin without an SSM), not {mixer!r}")
-        if spatial_dims != 2:
-            raise ValueError(f"{name}: spatial_dims must be 2, not {spatial_dims}")
+        check_mixer(name, mixer, "ssm")
+        check_spatial_dims(name, spatial_dims, 2)
         if mixer == "none":
-            kwargs["encoder_kwargs"] = {"dims": dims, "depths": depths, **(kwargs.get("encoder_kwargs") or {})}
-        return UNet2d(encoder if mixer == "ssm" else "convnext_tiny", **{**args, **kwargs})
+            kwargs["encoder_kwargs"] = {"dims": dims, "depths": depths} | (kwargs.get("encoder_kwargs") or {})
+        return UNet2d(encoder if mixer == "ssm" else "convnext_tiny", **(args | kwargs))
 
     entrypoint.__name__ = name
     entrypoint.__doc__ = f"U-Net with {encoder} as its encoder."
-    twin = (
-        f"The encoder is {encoder}; the network without an SSM has a ConvNeXt of widths {dims} and depths {depths} in "
-        "the whole encoder's place, so what differs is more than the SSM."
-    )
+    twin = "The twin has another encoder in the place of the whole one, so what differs is more than the SSM."
+    instead = f"a ConvNeXt of widths {dims} and depths {depths} in the place of the encoder {encoder}"
     weights = (
         f'Pretrained weights of the encoder (encoder_kwargs={{"pretrained": True}}) keep the licence that the card of '
         f"{encoder} states; some allow no commercial use."
     )
-    register_network(_cfg(*size, caveats=(twin, weights)), twin=True)(entrypoint)
+    register_network(_cfg(*size, caveats=(_OWN, twin, weights), instead=instead), twin=True)(entrypoint)
 
 
 for _name in _UNETS:
@@ -324,16 +314,17 @@ for _name in _UNETS:
 @register_network(_cfg(), twin=True)
 def ssm_unet_2d(**kwargs: Any) -> MixerUNet:
     """U-Net of images with Mamba, or another mixer, in every stage but the finest."""
-    return MixerUNet(**{"spatial_dims": 2, "in_channels": 1, "out_channels": 2, **kwargs})
+    return MixerUNet(**({"spatial_dims": 2, "in_channels": 1, "out_channels": 2} | kwargs))
 
 
 @register_network(_cfg(), twin=True)
 def ssm_unet_3d(**kwargs: Any) -> MixerUNet:
     """U-Net of volumes with Mamba, or another mixer, in every stage but the finest."""
-    return MixerUNet(**{"spatial_dims": 3, "in_channels": 1, "out_channels": 2, **kwargs})
+    return MixerUNet(**({"spatial_dims": 3, "in_channels": 1, "out_channels": 2} | kwargs))
 
 
 @register_network(_cfg(1, 8, 16, 16), twin=True)
 def test_ssm_unet(**kwargs: Any) -> MixerUNet:
     """A micro network for tests."""
-    return MixerUNet(**{"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (8, 12, 20), **kwargs})
+    args: dict[str, Any] = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (8, 12, 20)}
+    return MixerUNet(**(args | kwargs))

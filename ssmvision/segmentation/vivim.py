@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ssmvision.layers import TriMamba
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, as_is, refuse_unpublished, rename
+from ssmvision.segmentation._blocks import CONVS, drop_path_rates
 from ssmvision.segmentation._mixers import mixer_or_twin
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 
@@ -28,7 +29,6 @@ _FRAMES = 5  # pieces of the scan across frames, whatever the length of the clip
 _SMALLEST = 32
 _PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))  # kernel and stride
 _REDUCTIONS = (8, 4, 2, 1)
-_CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class PatchEmbed(nn.Module):
@@ -74,7 +74,7 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, spatial_dims: int, ratio: int = 4) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, ratio * dim)
-        self.dwconv = _CONV[spatial_dims](ratio * dim, ratio * dim, 3, padding=1, groups=ratio * dim)
+        self.dwconv = CONVS[spatial_dims](ratio * dim, ratio * dim, 3, padding=1, groups=ratio * dim)
         self.fc2 = nn.Linear(ratio * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,14 +167,14 @@ class Vivim(nn.Module):
         self.patch_embeds = nn.ModuleList(
             PatchEmbed(before, dim, *patch) for before, dim, patch in zip(wider, dims, _PATCHES, strict=True)
         )
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        rates = drop_path_rates(drop_path_rate, depths)
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(FrameBlock(dim, count, reduction, float(rate)) for rate in stage))
+            nn.Sequential(*(FrameBlock(dim, count, reduction, rate) for rate in stage))
             for dim, count, reduction, stage in zip(dims, heads, _REDUCTIONS, rates, strict=True)
         )
-        make = mixer_or_twin(mixer, "mamba", TriMamba, nslices=_FRAMES, d_state=d_state, merge="mean")
+        make = mixer_or_twin("Vivim", mixer, "mamba", TriMamba, nslices=_FRAMES, d_state=d_state, merge="mean")
         # As officially, the layers of stage i have the i-th of the rates of all blocks.
-        first = torch.cat(rates).tolist()
+        first = [rate for stage in rates for rate in stage]
         self.stages = nn.ModuleList(
             nn.Sequential(*(ClipBlock(dim, make(dim), first[i]) for _ in range(depth)))
             for i, (dim, depth) in enumerate(zip(dims, clip_depths, strict=True))
@@ -203,7 +203,7 @@ class Vivim(nn.Module):
         return clips if len(clips) > 1 else clips[0]
 
     def _check(self, x: Tensor) -> None:
-        check_input("Vivim", x, (self.in_channels,), 3, 1)
+        check_input("Vivim", x, self.in_channels, (1, 1, 1))
         if x.shape[2] % _FRAMES:
             raise ValueError(f"Vivim needs a number of frames that is a multiple of {_FRAMES}, not {x.shape[2]}")
         if min(x.shape[3:]) < _SMALLEST:
@@ -333,7 +333,7 @@ def vivim_b3(**kwargs: Any) -> Vivim:
 
 @register_network(replace(_CFG, input_size=(3, 5, 32, 32)), twin=True)
 def test_vivim(**kwargs: Any) -> Vivim:
-    """A tiny Vivim for tests."""
+    """A micro network for tests."""
     args: dict[str, Any] = {
         "dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "heads": (1, 1, 2, 2), "clip_depths": (1, 1, 1, 1),
         "decoder_dim": 16, "unused_labels": 0, "d_state": 4,

@@ -20,31 +20,30 @@ from ssmvision.layers.vss_block import PatchMerging, PatchStem
 from ssmvision.models._init import init_linear
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import OfficialModel, Tap, nhwc, rename
-from ssmvision.segmentation._mixers import ss2d_or_twin
+from ssmvision.segmentation._blocks import drop_path_rates
+from ssmvision.segmentation._mixers import MakeMixer, ss2d_or_twin
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
-from ssmvision.segmentation._vss import (
-    VSS_RENAMES,
-    PatchExpand,
-    VSSLayer,
-    drop_path_rates,
-    make_layer,
-)
+from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, VSSLayer, make_layer
 
 __all__ = ["VMUNet", "VMUNetV2"]
 
 
 def _encoder_layers(
-    dims: Sequence[int], depths: Sequence[int], mixer: str, d_state: int, drop_path_rate: float
+    dims: Sequence[int], depths: Sequence[int], make: MakeMixer, drop_path_rate: float
 ) -> list[VSSLayer]:
     if len(dims) != len(depths):
         raise ValueError(f"dims and depths must have one entry per stage, not {dims} and {depths}")
-    make = ss2d_or_twin(mixer, d_state)
     after = [PatchMerging(dim, wider) for dim, wider in pairwise(dims)]
     rates = drop_path_rates(drop_path_rate, depths)
     return [
         make_layer(dim, rate, make, downsample=merging)
         for dim, rate, merging in zip(dims, rates, [*after, None], strict=True)
     ]
+
+
+def _right_channels(in_channels: int) -> tuple[int, ...]:
+    """Pictures of one channel pass for colored ones."""
+    return (1, 3) if in_channels == 3 else (in_channels,)
 
 
 class VMUNet(nn.Module):
@@ -82,9 +81,9 @@ class VMUNet(nn.Module):
         super().__init__()
         self.in_channels, self.sigmoid = in_channels, sigmoid
         self.patch_embed = PatchStem(in_channels, dims[0])
-        self.layers = nn.ModuleList(_encoder_layers(dims, depths, mixer, d_state, drop_path_rate))
+        make = ss2d_or_twin("VM-UNet", mixer, d_state)
+        self.layers = nn.ModuleList(_encoder_layers(dims, depths, make, drop_path_rate))
         self.layers_up = nn.ModuleList()
-        make = ss2d_or_twin(mixer, d_state)
         rates = [layer[::-1] for layer in drop_path_rates(drop_path_rate, decoder_depths[::-1])[::-1]]
         below = [None, *dims[:0:-1]]
         for dim, coarser, rate in zip(dims[::-1], below, rates, strict=True):
@@ -96,8 +95,8 @@ class VMUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) → (b, out_channels, h, w)."""
-        channels = (1, 3) if self.in_channels == 3 else (self.in_channels,)
-        check_input("VM-UNet", x, channels, 2, 4 * 2 ** (len(self.layers) - 1))
+        divisor = 4 * 2 ** (len(self.layers) - 1)
+        check_input("VM-UNet", x, _right_channels(self.in_channels), (divisor, divisor))
         x = self.patch_embed(x.expand(-1, self.in_channels, -1, -1))
         skips = []
         for layer in self.layers:
@@ -214,7 +213,8 @@ class VMUNetV2(nn.Module):
         self.in_channels, self.half_head, self.sigmoid = in_channels, half_head, sigmoid
         dims = [mid_channel * 2 ** (i + 1) for i in range(4)] if dims is None else dims
         self.patch_embed = PatchStem(in_channels, dims[0])
-        self.layers = nn.ModuleList(_encoder_layers(dims, depths, mixer, d_state, drop_path_rate))
+        make = ss2d_or_twin("VM-UNetV2", mixer, d_state)
+        self.layers = nn.ModuleList(_encoder_layers(dims, depths, make, drop_path_rate))
         named_apply(init_linear, self)
         self.levels = nn.ModuleList(Level(dim, mid_channel) for dim in dims)
         self.sdi = nn.ModuleList(ProductFusion(mid_channel, len(dims)) for _ in dims)
@@ -229,8 +229,7 @@ class VMUNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) → (b, out_channels, h, w)."""
-        channels = (1, 3) if self.in_channels == 3 else (self.in_channels,)
-        check_input("VM-UNetV2", x, channels, 2, 32)
+        check_input("VM-UNetV2", x, _right_channels(self.in_channels), (32, 32))
         pyramid = [self.patch_embed(x.expand(-1, self.in_channels, -1, -1))]
         for layer in self.layers[:-1]:
             pyramid.append(layer(pyramid[-1]))
@@ -310,8 +309,7 @@ def _tap_v2(model: VMUNetV2, name: str) -> Tap:
     return _tap(name) if name.startswith("vmunet.") else Tap(rename(name, _RENAMES))
 
 
-_METRIC = "global over all pixels of the test set, not a mean over images"
-_FROM_MEMORY = "The results are recalled from the paper, not re-read."
+_METRIC = "mIoU and DSC of the ISIC sets are global over all pixels of the test set, not a mean over images."
 
 
 def _cfg(**fields: Any) -> NetworkCfg:
@@ -319,7 +317,7 @@ def _cfg(**fields: Any) -> NetworkCfg:
         "paper_name": "VM-UNet: Vision Mamba UNet for Medical Image Segmentation", "paper_ids": "arXiv:2402.02491",
         "origin_url": "https://github.com/JCruan519/VM-UNet", "license": "Apache-2.0", "input_size": (3, 256, 256),
         "results_source": "https://arxiv.org/abs/2402.02491",
-        "caveats": (_FROM_MEMORY, f"mIoU and DSC of the ISIC sets are {_METRIC}."),
+        "caveats": (_METRIC,),
     }  # fmt: skip
     return NetworkCfg(**(common | fields))
 
@@ -359,8 +357,7 @@ def vm_unet_d2292(**kwargs: Any) -> VMUNet:
         ),
         results_source="https://arxiv.org/abs/2403.09157",
         caveats=(
-            _FROM_MEMORY,
-            f"mIoU and DSC of the ISIC sets are {_METRIC}.",
+            _METRIC,
             "Published checkpoints hold a fourth stage, two heads and a deconvolution that nothing reads; they count "
             "as parameters but take no gradients.",
         ),
@@ -374,7 +371,7 @@ def vm_unet_v2(**kwargs: Any) -> VMUNetV2:
 
 @register_network(_cfg(input_size=(3, 64, 64)), twin=True)
 def test_vm_unet(**kwargs: Any) -> VMUNet:
-    """A tiny VM-UNet for tests."""
+    """A micro network for tests."""
     args: dict[str, Any] = {
         "dims": (8, 16, 32, 64),
         "depths": (1, 1, 1, 1),
@@ -386,6 +383,6 @@ def test_vm_unet(**kwargs: Any) -> VMUNet:
 
 @register_network(_cfg(input_size=(3, 64, 64)), twin=True)
 def test_vm_unet_v2(**kwargs: Any) -> VMUNetV2:
-    """A tiny VM-UNetV2 for tests."""
+    """A micro network for tests."""
     args: dict[str, Any] = {"mid_channel": 8, "depths": (1, 1, 1, 1), "d_state": 4}
     return VMUNetV2(**(args | kwargs))

@@ -52,7 +52,7 @@ def test_windows_do_not_see_each_other_but_see_their_padding() -> None:
     y = stage(x)
     assert y.shape == x.shape
     torch.testing.assert_close(stage(F.pad(x, (0, 1, 0, 2)))[:, :, :6, :7], y)
-    torch.testing.assert_close(stage(x[:, :, :4, :4]), y[:, :, :4, :4])
+    torch.testing.assert_close(stage(x[:, :, :4, :4]), y[:, :, :4, :4], rtol=1e-5, atol=1e-4)
     # Zero tokens are no neutral ones: attention spreads over them.
     narrow = x[:, :, :4, :3]
     alone = stage.blocks(narrow.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(narrow.shape)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ssmvision
+from ssmvision.layers import Mamba
 from ssmvision.models._networks import family_of, network_cfg
 from ssmvision.segmentation import h_vmunet, lightm_unet, swin_umamba, ultralight_vm_unet, vivim, vm_unet
 
@@ -149,7 +150,7 @@ def test_lightm_unet_explains_its_widths() -> None:
 
 def test_groups_of_channels_share_one_mamba() -> None:
     torch.manual_seed(0)
-    layer, x = ultralight_vm_unet.PVMLayer(16, 8, ultralight_vm_unet.mamba_or_twin("mamba")), torch.randn(2, 16, 4, 6)
+    layer, x = ultralight_vm_unet.PVMLayer(16, 8, Mamba), torch.randn(2, 16, 4, 6)
     tokens = layer.norm(x.flatten(2).transpose(1, 2))
     mixed = torch.cat([layer.mamba(chunk) + layer.skip_scale * chunk for chunk in tokens.chunk(4, dim=-1)], dim=-1)
     expected = layer.proj(layer.norm(mixed)).transpose(1, 2).reshape(2, 8, 4, 6)
