@@ -2,9 +2,10 @@
 
 from .bimamba import BiMamba
 from .channel_attention import ChannelAttention
+from .chimera import Chimera
 from .conv_lstm import ConvLSTM
 from .convs5 import ConvS5
-from .fscil import FSCILNeck
+from .fscil import ETFHead, FSCILNeck
 from .gated_conv import GatedConv
 from .grouped_ss2d import GroupedSS2D, ModulatedGroupMamba
 from .hiss import Hierarchical, Level, MambaStack, S4Stack
@@ -38,10 +39,12 @@ __all__ = [
     "BiMamba",
     "BidirectionalSpatialMamba",
     "ChannelAttention",
+    "Chimera",
     "ClosedLoopSSM",
     "CompanionSSM",
     "ConvLSTM",
     "ConvS5",
+    "ETFHead",
     "FSCILNeck",
     "GatedConv",
     "GroupedSS2D",

@@ -1,4 +1,4 @@
-"""The neck of Mamba-FSCIL, which learns new classes from a few pictures (arXiv:2407.06136), and its losses."""
+"""The neck and head of Mamba-FSCIL, which learns new classes from a few pictures (arXiv:2407.06136), and its losses."""
 
 from typing import Any, NamedTuple, Optional
 
@@ -197,6 +197,54 @@ class FSCILNeck(nn.Module):
             return NeckOutput(out, residual, base, None)
         novel = self.block_new(_tokens(self.mlp_proj_new(x.detach()), self.pos_embed_new))
         return NeckOutput(out + novel.y.mean(-1), out, base, novel)
+
+
+class ETFHead(nn.Module):
+    """A classifier that is not trained: one direction per class, all equally far apart (NC-FSCIL, arXiv:2302.03004).
+
+    The directions form a simplex equiangular tight frame, where trained classifiers end up; those of classes to come
+    are there from the beginning, so that learning a class moves no other. With U of orthonormal columns they are the
+    rows of sqrt(k / (k - 1)) (1 - 1/k) U^T: unit vectors with cosines -1 / (k - 1).
+
+    Args:
+        in_features: Features, at least `num_classes`.
+        num_classes: Classes k of all sessions, at least 2.
+        seed: Of the frame's orientation.
+        device: Device of the frame.
+        dtype: Type of the frame.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self, in_features: int, num_classes: int, seed: int = 0, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        if not 2 <= num_classes <= in_features:
+            raise ValueError(f"ETFHead: num_classes must be 2 to in_features = {in_features}, not {num_classes}")
+        drawn = torch.randn(
+            in_features, num_classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        U = torch.linalg.qr(drawn)[0]
+        frame = (U - U.mean(1, keepdim=True)) * (num_classes / (num_classes - 1)) ** 0.5
+        self.register_buffer("weight", frame.T.contiguous().to(device=device, dtype=dtype or torch.get_default_dtype()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (b, in_features) → cosines with the classes, (b, num_classes)."""
+        return F.linear(F.normalize(x, dim=-1), self.weight)
+
+
+def dot_regression_loss(cosines: Tensor, target: Tensor) -> Tensor:
+    """Pull features toward the fixed direction of their class, and push them from none (NC-FSCIL, arXiv:2302.03004).
+
+    Args:
+        cosines: Of `ETFHead`, (b, classes).
+        target: Classes (b,).
+
+    Returns:
+        The mean of (cosine - 1)^2 / 2.
+    """
+    return 0.5 * (cosines.gather(1, target[:, None]) - 1).square().mean()
 
 
 def suppression_loss(main: Tensor, novel: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssmvision.layers.s4d import as_complex, wide
 from ssmvision.ops import linear_scan_2d
 
-_FLIPS: dict[int, tuple[tuple[int, ...], ...]] = {1: ((),), 2: ((), (-2, -1)), 4: ((), (-2,), (-1,), (-2, -1))}
+FLIPS: dict[int, tuple[tuple[int, ...], ...]] = {1: ((),), 2: ((), (-2, -1)), 4: ((), (-2,), (-1,), (-2, -1))}
 _MATRICES = ("A_1", "A_2", "A_3", "A_4")
 
 
@@ -53,7 +53,7 @@ class SSM2D(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if directions not in _FLIPS:
+        if directions not in FLIPS:
             raise ValueError(f"directions {directions} is not 1, 2 or 4")
         if dim % n_ssm:
             raise ValueError(f"{dim} channels cannot share {n_ssm} copies of the dynamics evenly")
@@ -86,7 +86,7 @@ class SSM2D(nn.Module):
         kernel = self.kernel().permute(2, 0, 1).unflatten(0, (self.directions, self.dim))
         image = wide(x)
         y = torch.zeros_like(image)
-        for flips, own in zip(_FLIPS[self.directions], kernel, strict=True):
+        for flips, own in zip(FLIPS[self.directions], kernel, strict=True):
             y = y + _convolve(image.flip(flips), own).flip(flips)
         return (y if self.omega is None else y + self.omega[:, None, None] * image).to(x.dtype)
 

@@ -14,7 +14,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from ssmvision.hub import NetworkCfg
-from ssmvision.layers import SS2D, BiMamba, Mamba, Mamba2
+from ssmvision.layers import SS2D, BiMamba, Chimera, Mamba, Mamba2
 from ssmvision.models._networks import register_network
 from ssmvision.ops import routes
 from ssmvision.segmentation._blocks import CONVS, TRANSPOSED_CONVS, ConvNormAct, Decoder
@@ -180,6 +180,7 @@ MIXERS: dict[str, Callable[[int, int], nn.Module]] = {
     "mamba": lambda dim, _: _OverTokens(Mamba(dim)),
     "bimamba": lambda dim, _: _OverTokens(BiMamba(dim)),
     "ss3d": lambda dim, dims: SS3D(dim) if dims == 3 else SS2D(dim, d_state=16, conv_bias=True, gate=True),
+    "chimera": lambda dim, _: Chimera(dim, conv_bias=True, gate=True),
     "mamba2": lambda dim, _: _OverTokens(Mamba2(dim, headdim=math.gcd(2 * dim, 64))),
     "none": lambda dim, _: _OverTokens(mamba_or_twin("MixerUNet", "none")(dim)),
     "attention": lambda dim, _: _OverTokens(Attention(dim, num_heads=1 if dim % 32 else dim // 32, qkv_bias=True)),
@@ -214,8 +215,9 @@ class MixerUNet(nn.Module):
         out_channels: Classes, the background included.
         channels: Of each stage; every stage after the first halves the resolution.
         mixer: Name in `MIXERS`: "mamba", "bimamba", "ss3d" (routes along every axis, there and back; two axes have
-            four), "mamba2", "none" (gated convolutions of as many parameters as "mamba" has), "attention" (its cost is
-            quadratic in the positions) or "conv".
+            four), "chimera" (coupled scans along rows and columns; of a volume, each slice alone), "mamba2", "none"
+            (gated convolutions of as many parameters as "mamba" has), "attention" (its cost is quadratic in the
+            positions) or "conv".
 
     Raises:
         ValueError: Arguments out of range, unknown mixers, wrong inputs.

@@ -1,4 +1,4 @@
-"""What Mamba-2, Mamba-3, Hydra, S-Mamba, the neck of Mamba-FSCIL and the blocks of Motion Mamba are."""
+"""What Mamba-2, Mamba-3, Hydra, S-Mamba, the neck and head of Mamba-FSCIL and the blocks of Motion Mamba are."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ssmvision.layers import (
     BidirectionalSpatialMamba,
+    ETFHead,
     FSCILNeck,
     HierarchicalTemporalMamba,
     Hydra,
@@ -18,7 +19,7 @@ from ssmvision.layers import (
     SMambaLayer,
     mamba3,
 )
-from ssmvision.layers.fscil import separation_loss, suppression_loss
+from ssmvision.layers.fscil import dot_regression_loss, separation_loss, suppression_loss
 from ssmvision.layers.mamba2 import RMSNormGated
 from ssmvision.layers.mamba3 import trapezoidal_scan
 
@@ -93,6 +94,7 @@ def test_channels_that_do_not_divide_are_named():
         (lambda: Hydra(8, headdim=4, d_conv=4), "Hydra: d_conv must be odd, not 4"),
         (lambda: RMSNormGated(8, 3), "RMSNormGated: 8 channels do not divide into 3 groups"),
         (lambda: FSCILNeck(version="s4"), "FSCILNeck: version must be 'ssm' or 'ss2d', not 's4'"),
+        (lambda: ETFHead(4, 5), "ETFHead: num_classes must be 2 to in_features = 4, not 5"),
         (lambda: FSCILNeck(8, 10), "FSCILNeck: 8 channels become 10 only with use_residual_proj"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -322,6 +324,29 @@ def test_branches_over_time_are_isolated():
         single.branches[0] = branch
         parts.append(single(x) - x)
     torch.testing.assert_close(layer(x), x + sum(parts), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("features", "classes"), [(7, 7), (16, 5), (3, 2)])
+def test_directions_of_classes_are_equally_far_apart(features, classes):
+    head = ETFHead(features, classes, dtype=torch.float64)
+    wanted = torch.full((classes, classes), -1 / (classes - 1), dtype=torch.float64).fill_diagonal_(1)
+    torch.testing.assert_close(head.weight @ head.weight.T, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(head(3 * head.weight), wanted, rtol=0, atol=1e-12)
+    assert not list(head.parameters())
+
+
+def test_features_that_follow_the_loss_reach_the_direction_of_their_class():
+    torch.manual_seed(0)
+    head, target = ETFHead(8, 4, dtype=torch.float64), torch.arange(4)
+    features = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    loss = dot_regression_loss(head(features), target)
+    assert loss.item() == pytest.approx(0.5 * ((head(features).diagonal() - 1) ** 2).mean().item())
+    optimizer = torch.optim.Adam([features], 0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        dot_regression_loss(head(features), target).backward()
+        optimizer.step()
+    torch.testing.assert_close(head(features).diagonal(), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 def test_channels_reversed_exchange_the_directions_of_the_scan_over_them():
