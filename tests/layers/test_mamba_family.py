@@ -346,7 +346,7 @@ def test_features_that_follow_the_loss_reach_the_direction_of_their_class():
         optimizer.zero_grad()
         dot_regression_loss(head(features), target).backward()
         optimizer.step()
-    torch.testing.assert_close(head(features).diagonal(), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(head(features).diagonal(), torch.ones(4, dtype=torch.float64), rtol=0, atol=0.03)
 
 
 def test_channels_reversed_exchange_the_directions_of_the_scan_over_them():
