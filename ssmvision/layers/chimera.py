@@ -93,10 +93,9 @@ class Chimera(SS2D):
 
         Pixel by pixel, every corner is an entry of one batch.
         """
-        A = self.scan_parameters()[0]
-        exponent = delta.unsqueeze(-1) * A
-        a1, a4 = self._from_corners(torch.exp(exponent))
-        a2, a3 = self._from_corners(-torch.expm1(exponent) * torch.tanh(wide(self.couplings)))
+        a = torch.exp(delta.unsqueeze(-1) * self.scan_parameters()[0])
+        a1, a4 = self._from_corners(a)
+        a2, a3 = self._from_corners((1 - a) * torch.tanh(wide(self.couplings)))
         x1, x2 = self._from_corners((delta * wide(u).unsqueeze(-2)).unsqueeze(-1) * B.unsqueeze(-2))
         h = torch.stack(linear_scan_2d(a1, a2, a3, a4, x1, x2))
         y = (self._from_corners(C).unsqueeze(-2) * h).sum((0, -1)).unflatten(0, (self.directions, -1))
