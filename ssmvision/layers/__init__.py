@@ -27,6 +27,7 @@ from .spacetime import ClosedLoopSSM, CompanionSSM, ShiftSSM
 from .spatial_ssm import StructureAwareSSM
 from .ss2d import SS2D, AtrousSS2D, LocalSS2D, MultiScaleSS2D, ScalarSS2D
 from .ssm2d import SSM2D
+from .token_dynamics import ImportanceOrder, TiedProjection, constrain_input_output
 from .trimamba import TriMamba
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Hierarchical",
     "HierarchicalTemporalMamba",
     "Hydra",
+    "ImportanceOrder",
     "Level",
     "LocalMamba",
     "LocalSS2D",
@@ -76,5 +78,7 @@ __all__ = [
     "ScalarSS2D",
     "ShiftSSM",
     "StructureAwareSSM",
+    "TiedProjection",
     "TriMamba",
+    "constrain_input_output",
 ]

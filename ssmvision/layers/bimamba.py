@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmvision.layers.s6 import auto_dt_rank, bidirectional_routes, init_A_log_, init_dt_, state_matrix
+from ssmvision.layers.token_dynamics import make_x_proj
 from ssmvision.ops import causal_conv1d, selective_scan
 
 
@@ -23,6 +24,7 @@ class BiMamba(nn.Module):
         expand: Inner channels / dim.
         dt_rank: Rank of the step-size projection; None for ceil(dim / 16).
         merge: "mean" of both branches (Vim) or their "sum" (VideoMamba).
+        input_output: Sign of the input-output matrices; see `make_x_proj`.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
@@ -35,6 +37,7 @@ class BiMamba(nn.Module):
         expand: int = 2,
         dt_rank: Optional[int] = None,
         merge: str = "mean",
+        input_output: str = "free",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -48,12 +51,12 @@ class BiMamba(nn.Module):
         self.scale = 0.5 if merge == "mean" else 1.0
         self.in_proj = nn.Linear(dim, 2 * d, bias=False, **dd)
         self.conv1d = nn.Conv1d(d, d, d_conv, groups=d, **dd)
-        self.x_proj = nn.Linear(d, r + 2 * d_state, bias=False, **dd)
+        self.x_proj = make_x_proj(d, r, d_state, input_output, **dd)
         self.dt_proj = nn.Linear(r, d, **dd)
         self.A_log = nn.Parameter(torch.empty(d, d_state, **dd))
         self.D = nn.Parameter(torch.empty(d, **dd))
         self.conv1d_b = nn.Conv1d(d, d, d_conv, groups=d, **dd)
-        self.x_proj_b = nn.Linear(d, r + 2 * d_state, bias=False, **dd)
+        self.x_proj_b = make_x_proj(d, r, d_state, input_output, **dd)
         self.dt_proj_b = nn.Linear(r, d, **dd)
         self.A_b_log = nn.Parameter(torch.empty(d, d_state, **dd))
         self.D_b = nn.Parameter(torch.empty(d, **dd))

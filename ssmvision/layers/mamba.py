@@ -18,6 +18,7 @@ class S6Branch(S6):
         d_conv: Width of the causal convolution.
         dt_rank: Rank of the step-size projection.
         conv_bias: Give the convolution a bias.
+        input_output: Sign of the input-output matrix; see `make_x_proj`.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
@@ -29,10 +30,11 @@ class S6Branch(S6):
         d_conv: int,
         dt_rank: int,
         conv_bias: bool = True,
+        input_output: str = "free",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(d, d_state, dt_rank, device, dtype)
+        super().__init__(d, d_state, dt_rank, input_output, device, dtype)
         self.conv1d = nn.Conv1d(d, d, d_conv, groups=d, bias=conv_bias, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -86,6 +88,7 @@ class Mamba(S6Branch):
         dt_rank: Rank of the step-size projection; None for ceil(dim / 16).
         bias: Give the input and output projections a bias.
         conv_bias: Give the convolution a bias.
+        input_output: Sign of the input-output matrix; see `make_x_proj`.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
@@ -99,12 +102,13 @@ class Mamba(S6Branch):
         dt_rank: Optional[int] = None,
         bias: bool = False,
         conv_bias: bool = True,
+        input_output: str = "free",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         d = int(expand * dim)
-        super().__init__(d, d_state, d_conv, dt_rank or auto_dt_rank(dim), conv_bias, **dd)
+        super().__init__(d, d_state, d_conv, dt_rank or auto_dt_rank(dim), conv_bias, input_output, **dd)
         self.in_proj = nn.Linear(dim, 2 * d, bias=bias, **dd)
         self.out_proj = nn.Linear(d, dim, bias=bias, **dd)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from ssmvision.layers.token_dynamics import make_x_proj
 from ssmvision.ops import routes
 
 
@@ -52,15 +53,18 @@ class S6(nn.Module):
         d: Channels.
         d_state: Size of the state per channel.
         dt_rank: Rank of the step-size projection.
+        input_output: Sign of the input-output matrix; see `make_x_proj`.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
 
-    def __init__(self, d: int, d_state: int, dt_rank: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, d: int, d_state: int, dt_rank: int, input_output: str = "free", device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.d_inner, self.d_state, self.dt_rank = d, d_state, dt_rank
-        self.x_proj = nn.Linear(d, dt_rank + 2 * d_state, bias=False, **dd)
+        self.x_proj = make_x_proj(d, dt_rank, d_state, input_output, **dd)
         self.dt_proj = nn.Linear(dt_rank, d, **dd)
         self.A_log = nn.Parameter(torch.empty(d, d_state, **dd))
         self.D = nn.Parameter(torch.empty(d, **dd))

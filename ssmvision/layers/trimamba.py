@@ -38,7 +38,7 @@ class TriMamba(BiMamba):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(dim, d_state, d_conv, expand, dt_rank, merge, device, dtype)
+        super().__init__(dim, d_state, d_conv, expand, dt_rank, merge, device=device, dtype=dtype)
         dd = {"device": device, "dtype": dtype}
         d, r = self.d_inner, self.dt_rank
         self.nslices = nslices

@@ -129,7 +129,7 @@ class TokenModel(nn.Module):
             if token is not None:
                 trunc_normal_(token, std=0.02)
         with torch.no_grad():
-            mixers: Any = [block.mixer for block in self.layers]
+            mixers: Any = [module for module in self.layers.modules() if hasattr(module, "out_proj")]
             for mixer in mixers:
                 nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
                 mixer.out_proj.weight /= math.sqrt(len(mixers))

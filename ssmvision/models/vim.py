@@ -5,13 +5,14 @@ https://arxiv.org/abs/2401.09417
 Official code and weights (Apache-2.0): https://github.com/hustvl/Vim
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Dict, Optional, Tuple, Union
 
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssmvision.layers import BiMamba
+from ssmvision.layers import BiMamba, ImportanceOrder
 from ssmvision.layers.patch_embed import PatchEmbed
 from ssmvision.models._builder import Published, build_model, weights_cfg
 from ssmvision.models._official import OfficialModel, block_taps, refuse_unpublished
@@ -36,6 +37,8 @@ class Vim(TokenModel):
         cls_position: Where the class token stands: "middle", "first" or "none".
         pos_embed: Add a position embedding.
         merge: "mean" or "sum" of the two directions.
+        input_output: "positive" keeps the tokens of every layer from vanishing, see `layers/token_dynamics.py`.
+        importance_order: Let the mixers see the tokens in the order of a learned score.
         rms_norm: RMSNorm; otherwise LayerNorm.
         drop_rate: Dropout before the classifier.
         pos_drop_rate: Dropout after the position embedding.
@@ -58,6 +61,8 @@ class Vim(TokenModel):
         cls_position: str = "middle",
         pos_embed: bool = True,
         merge: str = "mean",
+        input_output: str = "free",
+        importance_order: bool = False,
         rms_norm: bool = True,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -68,9 +73,10 @@ class Vim(TokenModel):
         if cls_position not in ("middle", "first", "none"):
             raise ValueError(f"Vim: cls_position must be 'middle', 'first' or 'none', not {cls_position!r}")
         stride = stride or patch_size
+        mixer = partial(BiMamba, d_state=d_state, merge=merge, input_output=input_output)
         super().__init__(
             PatchEmbed(patch_size, stride, in_chans, embed_dim, device, dtype),
-            partial(BiMamba, d_state=d_state, merge=merge),
+            _ordered(mixer) if importance_order else mixer,
             img_size=img_size,
             patch_size=patch_size,
             stride=stride,
@@ -89,6 +95,11 @@ class Vim(TokenModel):
             dtype=dtype,
         )
         self.init_weights(needs_reset=False)
+
+
+def _ordered(mixer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Makes the same mixer within `ImportanceOrder`."""
+    return lambda dim, **dd: ImportanceOrder(dim, mixer(dim, **dd), **dd)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: Any) -> Dict[str, Tensor]:
