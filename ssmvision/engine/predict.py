@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.readers.img_extensions import get_img_extensions
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssmvision.data import DataError, UserError, find_bad_images, to_mode
@@ -42,6 +42,20 @@ def find_images(paths: Iterable[str | Path]) -> list[str]:
     if not found:
         raise DataError("There are no images in what was named.")
     return list(found)
+
+
+def read_images(inputs: Iterable[str | Path], model: nn.Module, args: Namespace) -> tuple[Tensor, dict[str, Any]]:
+    """Images (b, c, h, w) of files and folders, as a model is given them, and the preprocessing that made them.
+
+    Raises:
+        DataError: Some of them cannot be read.
+    """
+    paths = find_images(inputs)
+    if bad := find_bad_images(paths):
+        raise DataError(f"{len(bad)} of {len(paths)} files are no images that can be read:\n{describe_bad_images(bad)}")
+    config = data_config(model, args)
+    transform, mode = create_transform(**config), image_mode(config["input_size"][0])
+    return torch.stack([transform(_read(path, mode)) for path in paths]), config
 
 
 def predict(args: Namespace) -> list[dict[str, Any]]:

@@ -9,19 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssmvision.data import DataError, UserError, find_bad_images, to_mode
-from ssmvision.data.check import describe_bad_images
-from ssmvision.data.image import image_mode
+from ssmvision.data import UserError
 from ssmvision.ops import routes as scan_routes
 
-from .models import data_config, load_trained
+from .models import load_trained
 from .pictures import save_png
-from .predict import find_images
+from .predict import read_images
 
 PICTURES = ("receptive-field", "routes", "features")
 _INK = "#24292f"
@@ -34,12 +30,7 @@ def visualize(args: Namespace) -> list[Path]:
         UserError: A model that cannot be made, or images that cannot be read.
     """
     model = load_trained(args)[0].eval()
-    paths = find_images(args.inputs)
-    if bad := find_bad_images(paths):
-        raise DataError(f"{len(bad)} of {len(paths)} files are no images that can be read:\n{describe_bad_images(bad)}")
-    config = data_config(model, args)
-    transform, mode = create_transform(**config), image_mode(config["input_size"][0])
-    images = torch.stack([transform(to_mode(Image.open(path), mode)) for path in paths])
+    images, config = read_images(args.inputs, model, args)
     shown = _shown(images, config)
     name = Path(args.model or args.checkpoint).stem
     output = Path(args.output)

@@ -63,7 +63,7 @@ class TiedProjection(nn.Module):
 
 def make_x_proj(
     d: int, dt_rank: int, d_state: int, input_output: str = "free", device: Any = None, dtype: Any = None
-) -> nn.Module:
+) -> Any:
     """The projection to step sizes, B and C: (..., d) → (..., r + 2n).
 
     Args:
@@ -98,7 +98,7 @@ def constrain_input_output(model: nn.Module, input_output: str = "positive") -> 
     """
     if input_output not in INPUT_OUTPUT[1:]:
         raise ValueError(f"input_output must be 'positive' or 'negative', not {input_output!r}")
-    found = [
+    found: List[Any] = [
         (layer, name, child)
         for layer in model.modules()
         for name, child in layer.named_children()
@@ -116,7 +116,7 @@ def constrain_input_output(model: nn.Module, input_output: str = "positive") -> 
     return len(found)
 
 
-def scan_projections(layer: nn.Module) -> List[Tensor]:
+def scan_projections(layer: Any) -> List[Tensor]:
     """The weights (r + 2n, d) that make step sizes, B and C of a layer's scans, in order; empty for other modules."""
     if not hasattr(layer, "dt_rank"):
         return []
@@ -143,7 +143,8 @@ def input_output_eigenvalues(S_B: Tensor, S_C: Tensor) -> Tensor:
     r = torch.linalg.qr(rows.T, mode="r").R
     of_B, of_C = r.split([S_B.shape[0], S_C.shape[0]], dim=1)
     m = of_C @ of_B.T
-    return torch.linalg.eigvalsh((m + m.T) / 2)
+    found = torch.linalg.eigvalsh((m + m.T) / 2)
+    return torch.where(found.abs() > 1e-9 * found.abs().max(), found, 0)  # tied rows leave rounding errors
 
 
 def soft_sort(scores: Tensor, tau: float) -> Tensor:
