@@ -55,12 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         args = parse_with_config(build_parser(), argv)
-        try:
-            from ssmvision.engine.diagnose import diagnose
-        except ImportError as error:
-            from ssmvision.data import UserError
+        from ssmvision.engine.diagnose import diagnose  # only now: it needs matplotlib
 
-            raise UserError(f"Pictures need {error.name}: pip install 'ssmvision[train]'.") from error
         diagnose(args)
 
     return run_command(work)

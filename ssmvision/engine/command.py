@@ -22,6 +22,11 @@ def run_command(work: Callable[[], Any]) -> int:
     except UserError as error:
         _say(f"error: {_first_hand(error)}")
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        _say("error: Pictures need matplotlib: pip install 'ssmvision[train]'.")
+        return 2
     except torch.OutOfMemoryError as error:
         _say(f"error: Out of memory: lower --batch-size or set --grad-checkpointing. ({str(error).splitlines()[0]})")
         return 2

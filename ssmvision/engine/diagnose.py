@@ -152,7 +152,9 @@ def draw(rows: list[Diagnosis], title: str) -> Figure:
     left, right = figure.subplots(1, 2)
     for number, row in enumerate(rows):
         colour = _COLOURS[row.regime]
-        left.plot(*row.path, color=colour, linewidth=1.2, alpha=0.35 + 0.65 * number / len(rows))
+        left.plot(
+            *(values[1:] for values in row.path), color=colour, linewidth=1.2, alpha=0.35 + 0.65 * number / len(rows)
+        )
         right.vlines(number, row.mu_min, row.mu_max, color=colour, linewidth=max(1.5, 90 / len(rows)))
     left.set(
         xscale="symlog", yscale="log", xlabel="time (norm / speed at the start)", ylabel="norm / norm at the start"

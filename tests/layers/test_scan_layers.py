@@ -42,6 +42,7 @@ LAYERS = {
     "ScalarSS2D": (lambda **dd: ScalarSS2D(8, d_state=4, dt_rank=4, **dd), (1, 5, 3, 8)),
     "BiMamba": (lambda **dd: BiMamba(8, **dd), (2, 9, 8)),
     "Mamba": (lambda **dd: Mamba(8, d_state=3, **dd), (2, 9, 8)),
+    "Mamba with a definite matrix": (lambda **dd: Mamba(8, d_state=3, input_output="positive", **dd), (2, 9, 8)),
     "Mamba2": (lambda **dd: Mamba2(8, d_state=3, headdim=4, **dd), (2, 9, 8)),
     "Mamba2 with everything": (
         lambda **dd: Mamba2(8, d_state=3, headdim=4, d_ssm=8, ngroups=2, D_has_hdim=True, bias=True, **dd),
@@ -65,6 +66,7 @@ LAYERS = {
     ),
     "NonCausalSSD": (lambda **dd: NonCausalSSD(8, num_heads=2, d_state=4, **dd), (2, 5, 3, 8)),
     "StructureAwareSSM": (lambda **dd: StructureAwareSSM(8, **dd), (2, 5, 3, 8)),
+    "BiMamba with definite matrices": (lambda **dd: BiMamba(8, d_state=3, input_output="negative", **dd), (2, 9, 8)),
     "BiMamba summed": (lambda **dd: BiMamba(8, d_state=3, d_conv=2, expand=1, dt_rank=3, merge="sum", **dd), (1, 1, 8)),
 }
 
