@@ -156,9 +156,7 @@ def draw(rows: list[Diagnosis], title: str) -> Figure:
             *(values[1:] for values in row.path), color=colour, linewidth=1.2, alpha=0.35 + 0.65 * number / len(rows)
         )
         right.vlines(number, row.mu_min, row.mu_max, color=colour, linewidth=max(1.5, 90 / len(rows)))
-    left.set(
-        xscale="symlog", yscale="log", xlabel="time (norm / speed at the start)", ylabel="norm / norm at the start"
-    )
+    left.set(xscale="log", yscale="log", xlabel="time (norm / speed at the start)", ylabel="norm / norm at the start")
     left.set_title("tokens that follow the scan", fontsize=9, color=_INK)
     right.axhline(0, color="#8c959f", linewidth=1)
     first = [i for i, row in enumerate(rows) if row.route == 0]

@@ -70,8 +70,16 @@ class _Watch(TorchDispatchMode):
         self.layer: tuple[str, nn.Module] | None = None
         self.found: list[Scan] = []
 
-    def enter(self, name: str, layer: nn.Module) -> None:
-        self.layer = name, layer
+    def hooked(self, name: str, layer: nn.Module) -> list[Any]:
+        """Handles of hooks that know when a layer runs."""
+
+        def set_to(running: tuple[str, nn.Module] | None) -> None:
+            self.layer = running
+
+        return [
+            layer.register_forward_pre_hook(lambda *_: set_to((name, layer))),
+            layer.register_forward_hook(lambda *_: set_to(None)),
+        ]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.ssmvision.selective_scan_forward.default and self.layer:
@@ -101,10 +109,9 @@ def find_scans(model: Any, images: Tensor) -> list[Scan]:
     Raises:
         NothingToDiagnose: For a model without selective scans.
     """
-    watch, handles = _Watch(), []
-    for name, layer in model.named_modules():
-        if scan_projections(layer):
-            handles.append(layer.register_forward_pre_hook(lambda layer, _, name=name: watch.enter(name, layer)))
+    watch = _Watch()
+    layers = [(name, layer) for name, layer in model.named_modules() if scan_projections(layer)]
+    handles = [handle for name, layer in layers for handle in watch.hooked(name, layer)]
     try:
         with watch:
             model(images)

@@ -1,14 +1,14 @@
 """Refinements of Mamba layers that follow from how their tokens move, and the matrix that decides it.
 
 Paper: "Demystifying the token dynamics of deep selective state space models", ICLR 2025 (arXiv:2410.03292). A deep
-stack of residual scans is a flow of its tokens u (l, d). Without the skip D, and with step sizes δ_jd =
-softplus(dt_proj(S_δ u_j) + bias) that add up to δ_jd..ld after token j up to token l:
+stack of residual scans is a flow of its tokens u (l, d). Without the skip D, with step sizes δ_ld =
+softplus(dt_proj(S_δ u_l) + bias) and their sums s_ld = Σ_{j ≤ l} δ_jd:
 
-    du_ld / dt = Σ_{j ≤ l} Σ_n (S_C u_l)_n exp(A_dn δ_jd..ld) (S_B u_j)_n δ_jd u_jd
+    du_ld / dt = Σ_{j ≤ l} Σ_n (S_C u_l)_n (S_B u_j)_n exp(A_dn (s_ld - s_jd)) δ_jd u_jd
 
-With one A for all states this reads Σ_j (u_lᵀ M u_j) exp(A_d δ_jd..ld) δ_jd u_jd, where M = S_Cᵀ S_B (d, d) is the
-input-output matrix and S_B, S_C (n, d) are rows of `x_proj`. In one dimension all tokens converge to zero if M < 0 and
-diverge, each at a rate of its own, if M > 0.
+With one A for all states this reads Σ_j (u_lᵀ M u_j) exp(A_d (s_ld - s_jd)) δ_jd u_jd, where M = S_Cᵀ S_B (d, d) is
+the input-output matrix; S_δ, S_B and S_C (n, d) are rows of `x_proj`. In one dimension all tokens converge to zero if
+M < 0, and diverge, each at a rate of its own, if M > 0.
 """
 
 import math

@@ -73,6 +73,16 @@ def test_calls_in_turn_find_their_projections():
     ] * 4
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_sign_of_tied_rows_decides_at_once_where_step_sizes_are_constant(sign):
+    torch.manual_seed(0)
+    rows = torch.randn(1, 3, 6)
+    x_proj = torch.cat([torch.zeros(1, 1, 6), rows, sign * rows], dim=1)
+    A = -torch.rand(1, 6, 3) - 0.1
+    scan = Scan("layer", torch.randn(50, 1, 6, 7), x_proj, A, torch.zeros(1, 6, 1), torch.randn(1, 6))
+    assert (sign * follow(scan, steps=1).rates[0] > 0).all()
+
+
 def test_definite_layers_go_one_way():
     torch.manual_seed(0)
     for input_output, regime in (("negative", CONVERGENT), ("positive", FAST)):
