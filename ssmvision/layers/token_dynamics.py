@@ -169,8 +169,8 @@ class ImportanceOrder(nn.Module):
     which is learned. Memory grows with the square of the number of tokens; sequences that were packed into one must
     not be sorted together.
 
-    Ours, since the paper's constants are not public: by default tokens are permuted exactly and only gradients see the
-    relaxed P (straight-through), so that no token is blended with others and equal scores leave the order as it is.
+    Ours, as the paper's constants are not known to us: by default tokens are permuted exactly and only gradients see
+    the relaxed P (straight-through), so that no token is blended with others and equal scores leave the order as it is.
 
     Args:
         dim: Channels of a token.
