@@ -16,11 +16,11 @@ Each scan is followed as the flow of its tokens that a deep stack of it would be
   slowly divergent  it rises ever more slowly, and stays finite for all times
   fast divergent    it rises ever faster, and would be infinite after finite time
 
-columns of the table, medians over images:
+columns of the table, one line for each route of a layer, medians over images:
   mu min, mu max    eigenvalues of the symmetric part of the input-output matrix; negative ones: mu < 0
   rate              growth of the norm at the start, from -1 (straight to zero) to 1 (straight away)
   exponent          p of d norm / d time ~ norm^(1 + p): above 0 is fast
-  norm              at the end, relative to the start; at most 1000 and at least 1 / 30 are followed
+  norm              where the walk ended, relative to the start: above 1000, below 1 / 30, or after 300 steps
   grow              tokens whose own norm grew
 
 OUTPUT/NAME_tokens.csv holds the table, OUTPUT/NAME_tokens.png norms over time and eigenvalues.
