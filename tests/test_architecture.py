@@ -81,25 +81,21 @@ def test_ops_import_no_framework_but_torch():
 
 # Measured in one process: what our import adds to a process that already has torch and timm.
 IMPORT_SCRIPT = """
-import json, sys, time
+import json, sys
 import torch, timm
 before = set(sys.modules)
-start = time.perf_counter()
 import ssmvision
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
 def test_import_is_light():
-    runs = []
-    while len(runs) < 3 and not (runs and runs[-1]["seconds"] < 1):
-        done = subprocess.run([sys.executable, "-c", IMPORT_SCRIPT], check=True, capture_output=True, text=True)
-        runs.append(json.loads(done.stdout))
+    done = subprocess.run([sys.executable, "-c", IMPORT_SCRIPT], check=True, capture_output=True, text=True)
+    modules = json.loads(done.stdout)
     heavy = {"triton", "monai", "matplotlib", "albumentations", "nibabel", "torchvision", "tensorboard", "setuptools"}
-    assert not {name.partition(".")[0] for name in runs[0]["modules"]} & heavy
-    assert not [name for name in runs[0]["modules"] if name.startswith(("ssmvision.engine", "ssmvision.data"))]
-    assert min(run["seconds"] for run in runs) < 1.0
+    assert "ssmvision.registry" in modules
+    assert not {name.partition(".")[0] for name in modules} & heavy
+    assert not [name for name in modules if name.startswith(("ssmvision.engine", "ssmvision.data"))]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
