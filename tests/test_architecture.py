@@ -80,6 +80,12 @@ def test_ops_import_no_framework_but_torch():
 
 
 # Measured in one process: what our import adds to a process that already has torch and timm.
+def test_every_package_is_installed():
+    listed = re.search(r"\npackages = \[(.*?)\n\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.DOTALL)[1]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("ssmvision/**/__init__.py")}
+    assert set(re.findall(r'"([\w.]+)"', listed)) == folders | {"ssmvision_tools"}
+
+
 IMPORT_SCRIPT = """
 import json, sys
 import torch, timm

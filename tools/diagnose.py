@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         args = parse_with_config(build_parser(), argv)
-        from ssmvision.engine.diagnose import diagnose  # only now: it needs matplotlib
+        from ssmvision.engine.inspection.diagnose import diagnose  # only now: it needs matplotlib
 
         diagnose(args)
 

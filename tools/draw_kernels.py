@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from ssmvision.engine.layer_pictures import PICTURES, write_picture
+from ssmvision.engine.inspection.layer_pictures import PICTURES, write_picture
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         args = parse_with_config(build_parser(), argv)
-        from ssmvision.engine.visualize import visualize  # only now: it needs matplotlib
+        from ssmvision.engine.inspection.visualize import visualize  # only now: it needs matplotlib
 
         visualize(args)
 

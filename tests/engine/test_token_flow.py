@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ssmvision import create_model
-from ssmvision.engine.token_flow import REGIMES, Scan, find_scans, follow
-from ssmvision.engine.visualize import _PerRoute
+from ssmvision.engine.inspection.token_flow import REGIMES, Scan, find_scans, follow
+from ssmvision.engine.inspection.visualize import _PerRoute
 
 CONVERGENT, SLOW, FAST = REGIMES
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed
 
-from ssmvision.engine.mixing import mixing_matrix, recorded_scans, toeplitz
+from ssmvision.engine.inspection.mixing import mixing_matrix, recorded_scans, toeplitz
 from ssmvision.layers import (
     S5,
     SS2D,

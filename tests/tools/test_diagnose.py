@@ -9,7 +9,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 from ssmvision.engine import export_folder
-from ssmvision.engine.diagnose import REGIMES, diagnose_model, draw
+from ssmvision.engine.inspection.diagnose import REGIMES, diagnose_model, draw
 from tools import diagnose as tool
 from tools import visualize
 
@@ -87,7 +87,9 @@ def test_errors_are_one_sentence(arguments, message, complaint):
 @pytest.mark.parametrize("drawing", [tool, visualize])
 def test_what_is_missing_is_named(drawing, complaint, monkeypatch):
     for name in [*sys.modules]:
-        if name.startswith(("matplotlib", "ssmvision.engine.diagnose", "ssmvision.engine.visualize")):
+        if name.startswith(
+            ("matplotlib", "ssmvision.engine.inspection.diagnose", "ssmvision.engine.inspection.visualize")
+        ):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "Pictures need matplotlib: pip install 'ssmvision[train]'." in complaint(drawing, ["{photo}"])

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 pytest.importorskip("matplotlib")
-from ssmvision.engine.layer_pictures import PICTURES, write_picture  # noqa: E402
-from ssmvision.engine.layer_pictures.panels import matrix, sheet  # noqa: E402
+from ssmvision.engine.inspection.layer_pictures import PICTURES, write_picture  # noqa: E402
+from ssmvision.engine.inspection.layer_pictures.panels import matrix, sheet  # noqa: E402
 from tools import draw_kernels  # noqa: E402
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 from ssmvision import create_model
-from ssmvision.engine import visualize as engine
+from ssmvision.engine.inspection import visualize as engine
 from tools import visualize as tool
 
 

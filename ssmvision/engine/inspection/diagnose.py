@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ssmvision.data import UserError
 
-from .checkpoint import atomic_write
-from .models import load_trained
-from .pictures import save_png
-from .predict import find_images, read_images
+from ..checkpoint import atomic_write
+from ..models import load_trained
+from ..pictures import save_png
+from ..predict import find_images, read_images
 from .token_flow import REGIMES, Flow, Scan, find_scans, follow
 
 _INK = "#24292f"

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssmvision.data import UserError
 from ssmvision.ops import routes as scan_routes
 
-from .models import load_trained
-from .pictures import save_png
-from .predict import read_images
+from ..models import load_trained
+from ..pictures import save_png
+from ..predict import read_images
 
 PICTURES = ("receptive-field", "routes", "features")
 _INK = "#24292f"

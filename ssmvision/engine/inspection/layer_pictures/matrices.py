@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ssmvision.engine.mixing import mixing_matrix, recorded_scans, toeplitz
 from ssmvision.layers import SS2D, BiMamba, Chimera, Hydra, Mamba, Mamba2, NonCausalSSD, S4DKernel
 from ssmvision.layers.mamba3 import trapezoidal_scan
 from ssmvision.ops import ssd_scan
 
+from ..mixing import mixing_matrix, recorded_scans, toeplitz
 from .panels import LINES, SOFT, heading, lines, matrix, plain, scale_of, sheet
 
 _SIDE = 6  # maps of _SIDE x _SIDE tokens, so that matrices of sequences and maps are of one size
