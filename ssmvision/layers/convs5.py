@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers.frame_norm import FrameNorm
 from ssmvision.layers.hippo import init_log_dt_, nplr
 from ssmvision.ops import linear_scan, linear_scan_step
 
@@ -39,9 +40,9 @@ class ResNetFeedthrough(nn.Module):
     def __init__(self, channels: int, kernel_size: int, num_groups: int, activation: str, **dd: Any) -> None:
         super().__init__()
         self.act = _ACTIVATIONS[activation]
-        self.norm1 = nn.GroupNorm(num_groups, channels, eps=1e-6, **dd)
+        self.norm1 = FrameNorm(num_groups, channels, eps=1e-6, **dd)
         self.conv1 = _conv(channels, kernel_size, **dd)
-        self.norm2 = nn.GroupNorm(num_groups, channels, eps=1e-6, **dd)
+        self.norm2 = FrameNorm(num_groups, channels, eps=1e-6, **dd)
         self.conv2 = _conv(channels, kernel_size, **dd)
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class StandardFeedthrough(nn.Module):
         super().__init__()
         self.act = _ACTIVATIONS[activation]
         self.conv1 = _conv(channels, kernel_size, **dd)
-        self.norm1 = nn.GroupNorm(num_groups, channels, eps=1e-6, **dd)
+        self.norm1 = FrameNorm(num_groups, channels, eps=1e-6, **dd)
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         """Frames y and u (n, u, h, w) → the same."""
@@ -180,14 +181,16 @@ class ConvS5(nn.Module):
             The output, of u's shape, and the state after the last frame, (b, p, h, w) complex.
         """
         A, B, C = self.discretized()
-        x, state = linear_scan(A, per_frame(lambda frames: _drive(frames, B), u), state, reset)
-        return per_frame(lambda x, u: self.feedthrough(_observe(x, C, u.dtype), u), x, u), state
+        driven = per_frame(lambda frames: _drive(frames, B), u)
+        x, state = linear_scan(_by_pixel(A), driven, None if state is None else _by_pixel(state), reset)
+        y = per_frame(lambda x, u: self.feedthrough(_observe(x, C, u.dtype), u), x, u)
+        return y, _by_channel(state)
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One frame (b, dim, h, w) after `state` (see `initial_state`): its output and the next state."""
         A, B, C = self.discretized()
-        state = linear_scan_step(A, _drive(u, B), state)
-        return self.feedthrough(_observe(state, C, u.dtype), u), state
+        x = linear_scan_step(_by_pixel(A), _drive(u, B), _by_pixel(state))
+        return self.feedthrough(_observe(x, C, u.dtype), u), _by_channel(x)
 
     def initial_state(self, batch: int, height: int, width: int) -> Tensor:
         """The zeros that precede a sequence, (b, p, h, w) complex."""
@@ -204,13 +207,28 @@ class ConvS5(nn.Module):
         return A[:, None, None], ((A - 1) / Lambda)[:, None, None, None] * B, C
 
 
+# Pictures are channels-last in memory throughout, as convolutions, norms and sums over channels prefer. A convolution whose
+# output channels are re, im, re, im, ... then leaves complex states behind, with nothing copied before or after the scan.
+
+
 def _drive(u: Tensor, B: Tensor) -> Tensor:
-    """B * u: frames (n, dim, h, w) → (n, p, h, w) complex."""
-    driven = F.conv2d(u, torch.cat([B.real, B.imag]).to(u.dtype), padding="same")
-    return torch.complex(*driven.to(B.real.dtype).chunk(2, dim=1))
+    """B * u: frames (n, dim, h, w) → (n, h, w, p) complex."""
+    weight = torch.view_as_real(B).movedim(-1, 1).flatten(0, 1)
+    driven = F.conv2d(u.contiguous(memory_format=torch.channels_last), weight.to(u.dtype), padding="same")
+    return torch.view_as_complex(_by_pixel(driven).to(weight.dtype).contiguous().unflatten(-1, (-1, 2)))
 
 
 def _observe(x: Tensor, C: Tensor, dtype: torch.dtype) -> Tensor:
-    """2 Re(C * x): states (n, p, h, w) complex → (n, dim, h, w) of a type."""
-    weight = torch.cat([2 * C.real, -2 * C.imag], dim=1)
-    return F.conv2d(torch.cat([x.real, x.imag], dim=1).to(dtype), weight.to(dtype), padding="same")
+    """2 Re(C * x): states (n, h, w, p) complex → (n, dim, h, w) of a type."""
+    weight = torch.view_as_real(2 * C.conj()).movedim(-1, 2).flatten(1, 2)
+    return F.conv2d(_by_channel(torch.view_as_real(x).flatten(-2)).to(dtype), weight.to(dtype), padding="same")
+
+
+def _by_pixel(x: Tensor) -> Tensor:
+    """(..., p, h, w) → (..., h, w, p)."""
+    return x.movedim(-3, -1)
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    """(..., h, w, p) → (..., p, h, w)."""
+    return x.movedim(-1, -3)
