@@ -20,6 +20,7 @@ from torch import Tensor
 from ssmvision import create_model
 from ssmvision.hub import CheckpointError, file_sha256, load_state_dict, read_checkpoint
 from ssmvision.models._builder import fitting_state_dict
+from ssmvision.models._networks import is_network, licence_of
 
 _SHOWN_TENSORS = 12
 
@@ -28,7 +29,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("model", metavar="MODEL_NAME", nargs="?", help="architecture that the checkpoint is for")
-    parser.add_argument("source", metavar="IN", help="official checkpoint: .pth, .pth.tar, .ckpt, .safetensors")
+    parser.add_argument("source", metavar="IN", help="official checkpoint: of torch, safetensors or flax")
     parser.add_argument("target", metavar="OUT", nargs="?", help="safetensors file to write")
     parser.add_argument("--use", choices=["model", "model_ema"], help="default: the averaged weights if there are any")
     parser.add_argument("--num-classes", type=int, help="classes of the checkpoint's head, if not the default number")
@@ -64,6 +65,8 @@ def convert(args: argparse.Namespace) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{target}: {len(weights)} tensors, {parameters / 1e6:.2f} M parameters, all keys match {args.model}")
     print(f"sha256 {file_sha256(target)}")
+    if is_network(args.model) and (licence := licence_of(args.model)):
+        print(f"licence of the official weights: {licence}")
     return 0
 
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import inert_pickle
+from . import flax_msgpack, inert_pickle
 
 __all__ = ["CheckpointError", "KeyReport", "compare_keys", "extract_state_dict", "load_state_dict", "read_checkpoint"]
 
@@ -27,6 +27,7 @@ _logger = logging.getLogger(__name__)
 _EMA_KEYS = ("state_dict_ema", "model_ema")
 _MODEL_KEYS = ("state_dict", "model", "model_state_dict", "network_weights")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_FLAX_COLLECTIONS = ("params", "batch_stats")  # maps of maps; beside them lie steps and states of optimizers
 
 
 class CheckpointError(RuntimeError):
@@ -86,7 +87,7 @@ def compare_keys(state_dict: Mapping[str, Tensor], model_state: Mapping[str, Ten
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """Read a safetensors or torch file (zip or legacy) onto the CPU; code inside the file never runs.
+    """Read a safetensors, torch (zip or legacy) or flax (msgpack) file onto the CPU; code inside the file never runs.
 
     Classes other than tensors and plain containers come back as `inert_pickle.Placeholder`.
     """
@@ -95,9 +96,11 @@ def read_checkpoint(path: str | Path) -> Any:
     try:
         if kind == "safetensors":
             return safetensors.torch.load_file(path)
-        return _read_torch(path)
+        return _read_flax(path) if kind == "flax" else _read_torch(path)
     except CheckpointError:
         raise
+    except flax_msgpack.FlaxFormatError as error:
+        raise CheckpointError(f"{path} {error}.") from error
     except MemoryError as error:
         raise CheckpointError(f"{path} needs more memory than there is.") from error
     # A damaged or hostile file makes the parsers raise nearly anything; all of it means the same to the caller.
@@ -118,7 +121,14 @@ def _sniff(path: Path) -> str:
         raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`.")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise CheckpointError(f"{path} is a web page, not a checkpoint; the download link probably needs a login.")
+    if flax_msgpack.is_flax(head):
+        return "flax"
     return "safetensors" if head[8:9] == b"{" else "torch"
+
+
+def _read_flax(path: Path) -> dict[str, Any]:
+    tree = flax_msgpack.load(path)
+    return tree if isinstance(tree.get("params"), Mapping) else {"params": tree}  # parameters saved alone
 
 
 def _read_torch(path: Path) -> Any:
@@ -172,7 +182,17 @@ def _choose(checkpoint: Mapping[str, Any], use: str | None) -> Mapping[str, Any]
             return checkpoint[key]
     if use == "model_ema":
         raise CheckpointError(f"holds no averaged weights; its keys are: {_first([str(k) for k in checkpoint], 8)}.")
+    params = checkpoint.get("params")
+    if isinstance(params, Mapping) and any(isinstance(value, Mapping) for value in params.values()):
+        return _flax_weights(checkpoint)
     return checkpoint
+
+
+def _flax_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths joined by "/" → arrays, of a model's variables alone."""
+    while isinstance(checkpoint["params"].get("params"), Mapping):  # variables within a training state
+        checkpoint = checkpoint["params"]
+    return dict(flax_msgpack.flatten({name: checkpoint[name] for name in _FLAX_COLLECTIONS if name in checkpoint}))
 
 
 def _strip_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -187,7 +207,7 @@ def load_state_dict(path: str | Path, use: str | None = None) -> dict[str, Tenso
     """Read the weights of any checkpoint file; warn if some are not finite.
 
     Args:
-        path: safetensors or torch file.
+        path: safetensors, torch or flax file.
         use: see `extract_state_dict`.
     """
     checkpoint = read_checkpoint(path)

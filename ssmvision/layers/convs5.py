@@ -207,8 +207,8 @@ class ConvS5(nn.Module):
         return A[:, None, None], ((A - 1) / Lambda)[:, None, None, None] * B, C
 
 
-# Pictures are channels-last in memory throughout, as convolutions, norms and sums over channels prefer. A convolution whose
-# output channels are re, im, re, im, ... then leaves complex states behind, with nothing copied before or after the scan.
+# Pictures are channels-last in memory throughout, as convolutions and norms prefer. A convolution whose output channels
+# are re, im, re, im, ... then leaves complex states behind, with nothing copied before or after the scan.
 
 
 def _drive(u: Tensor, B: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def fitting_state_dict(model: nn.Module, path: str | Path, *, use: str | None = 
 
     Args:
         model: model to fit; it may be on the meta device.
-        path: safetensors or torch file.
+        path: safetensors, torch or flax file.
         use: `"model"` or `"model_ema"`, where a training checkpoint holds both; by default the latter.
     """
     weights = convert_state_dict(model, read_state_dict(path, use), source=str(path))

@@ -579,7 +579,8 @@ def _convs5_cfg(frames: int) -> NetworkCfg:
         weights_license="NVIDIA Source Code License, non-commercial",
         by_hand=_OFFICIAL_MODELS,
         caveats=(
-            "The official checkpoints are flax's; save theirs as safetensors whose keys are the paths joined by `/`.",
+            "The official checkpoints are flax's msgpack files, which `checkpoint_path=` and "
+            "`tools/convert_checkpoint.py` read as they are.",
         ),
     )
 
