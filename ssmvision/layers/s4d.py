@@ -118,18 +118,16 @@ class S4DKernel(nn.Module):
             (c, d, l); and what `state` adds to the output, (b, c, d, l), or None.
         """
         dt_A, B, C = self._system(rate)
-        steps = torch.arange(length, device=dt_A.device)
         if self.disc == "dss":
             if state is not None:
                 raise ValueError("the kernel of disc='dss' has no state")
-            return self._softmax_kernel(dt_A, B * C, steps, rate), None
+            return self._softmax_kernel(dt_A, B * C, length, rate), None
         A_bar, B_bar = self._discrete(dt_A, B, rate)
         log_A = dt_A if self.disc == "zoh" else A_bar.log()
-        powers = torch.exp(log_A[..., None] * steps)
-        kernel = 2 * torch.einsum("cds,dsl->cdl", C * B_bar, powers).real
+        kernel = sum_of_powers(2 * C * B_bar, log_A, length)
         if state is None:
             return kernel, None
-        return kernel, 2 * torch.einsum("cds,bds,dsl->bcdl", C, A_bar * state, powers).real
+        return kernel, sum_of_powers(2 * C * (A_bar * state)[:, None], log_A, length)
 
     def step(self, u: Tensor, state: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """One token (b, d) after `state` (b, d, s): the outputs (b, c, d) and the next state."""
@@ -169,12 +167,12 @@ class S4DKernel(nn.Module):
         A_bar = torch.exp(dt_A)
         return A_bar, B * (A_bar - 1) / (dt_A / dt)
 
-    def _softmax_kernel(self, dt_A: Tensor, C: Tensor, steps: Tensor, rate: float) -> Tensor:
+    def _softmax_kernel(self, dt_A: Tensor, C: Tensor, length: int, rate: float) -> Tensor:
         """DSS (arXiv:2203.14343, proposition 1b): states weighed by a softmax over the tokens."""
         A = dt_A / self._dt(rate)
-        total = torch.expm1(dt_A * len(steps)) * A
+        total = torch.expm1(dt_A * length) * A
         weights = torch.expm1(dt_A) * total.conj() / (total * total.conj() + _DSS_EPS)
-        return torch.einsum("cds,dsl->cdl", C * weights, torch.exp(dt_A[..., None] * steps)).real
+        return sum_of_powers(C * weights, dt_A, length)
 
 
 class MinimalKernel(nn.Module):
@@ -213,9 +211,8 @@ class MinimalKernel(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """The kernel (d, l)."""
-        A_bar, C_bar = self.system()
-        steps = torch.arange(length, device=A_bar.device)
-        return 2 * torch.einsum("ds,dsl->dl", C_bar, torch.exp(A_bar[..., None] * steps)).real
+        dt_A, C_bar = self.system()
+        return sum_of_powers(2 * C_bar, dt_A, length)
 
     def system(self) -> tuple[Tensor, Tensor]:
         """The products dt A and C (exp(dt A) - 1) / A, (d, s)."""
@@ -276,6 +273,33 @@ class S4D(nn.Module):
     def initial_state(self, batch: int) -> Tensor:
         """What precedes a sequence: zeros (b, dim, s), complex."""
         return torch.view_as_complex(self.kernel.C.new_zeros(batch, *self.kernel.C.shape))
+
+
+def sum_of_powers(weights: Tensor, log_A: Tensor, length: int) -> Tensor:
+    """Re sum_s weights_s exp(l log_A_s) for every l < length, the kernel of a diagonal system (S4D, equation 5).
+
+    As l = i m + j, a power is the product of one of two short sets, about sqrt(length) each, and the sum over states a
+    product of real matrices: nothing of size (d, s, l) ever exists.
+
+    Args:
+        weights: (..., d, s), complex.
+        log_A: (d, s), complex.
+        length: Tokens.
+
+    Returns:
+        (..., d, length), real.
+    """
+    m = max(1, math.isqrt(length))
+    within = _powers(log_A, torch.arange(m, device=log_A.device))
+    at_start = weights[..., None] * _powers(log_A, torch.arange(0, length, m, device=log_A.device))
+    blocks = torch.cat([at_start.real, -at_start.imag], -2).mT @ torch.cat([within.real, within.imag], -2)
+    return blocks.flatten(-2)[..., :length]
+
+
+def _powers(log_A: Tensor, steps: Tensor) -> Tensor:
+    """The powers exp(log_A steps), (d, s, l); by parts, since torch's complex exponential goes number by number."""
+    size, angle = torch.exp(log_A.real[..., None] * steps), log_A.imag[..., None] * steps
+    return torch.complex(size * angle.cos(), size * angle.sin())
 
 
 def own_optimizer_options(parameter: nn.Parameter, lr: Optional[float]) -> None:

@@ -122,7 +122,7 @@ class S5(nn.Module):
         if self.bidirectional and (state is not None or reset is not None):
             raise ValueError("a bidirectional S5 takes neither a state nor resets: its second direction has no past")
         Lambda_bar, B_bar = self.discrete()
-        drive = wide(u).to(B_bar) @ B_bar.mT
+        drive = _drive(u, B_bar)
         x, last = linear_scan(Lambda_bar, drive, state, reset)
         if self.bidirectional:
             x = torch.cat([x, linear_scan(Lambda_bar, drive, reverse=True)[0]], -1)
@@ -133,7 +133,7 @@ class S5(nn.Module):
         if self.bidirectional:
             raise ValueError("a bidirectional layer cannot run step by step")
         Lambda_bar, B_bar = self.discrete()
-        state = linear_scan_step(Lambda_bar, wide(u).to(B_bar) @ B_bar.mT, state)
+        state = linear_scan_step(Lambda_bar, _drive(u, B_bar), state)
         return self._read(state, u), state
 
     def initial_state(self, batch: int) -> Tensor:
@@ -153,8 +153,8 @@ class S5(nn.Module):
 
     def _read(self, x: Tensor, u: Tensor) -> Tensor:
         C = torch.cat([as_complex(self.get_parameter(name)) for name in self._outputs], -1)
-        y = (x @ C.mT).real
-        return ((2 * y if self.conj_sym else y) + self.D * u).to(u.dtype)
+        C = torch.view_as_real((2 * C if self.conj_sym else C).conj().resolve_conj()).flatten(1)
+        return (F.linear(torch.view_as_real(x).flatten(-2), C) + self.D * u).to(u.dtype)
 
 
 class S5Layer(nn.Module):
@@ -349,6 +349,12 @@ def s5_from_flax(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith("running_mean"):
             found[name.replace("running_mean", "num_batches_tracked")] = torch.zeros((), dtype=torch.long)
     return found
+
+
+def _drive(u: Tensor, B_bar: Tensor) -> Tensor:
+    """B_bar u, (..., p) complex, by one real product whose outputs are re, im, re, im, ..."""
+    weight = torch.view_as_real(B_bar).transpose(1, 2).flatten(0, 1)
+    return torch.view_as_complex(F.linear(wide(u).to(weight.dtype), weight).unflatten(-1, (-1, 2)))
 
 
 def _initial_basis(init: str, size: int, conj_sym: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,11 +37,10 @@ def fft_conv(u: Tensor, kernel: Tensor, D: Optional[Tensor] = None, backward_ker
         expect("fft_conv", "D", D, (*outputs, d))
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     x = cast(u, real).unsqueeze(1) if outputs else cast(u, real)
-    y = _convolve(x, cast(kernel, real), cast(backward_kernel, real))
-    return cast(y if D is None else y + cast(D, real).unsqueeze(-1) * x, u.dtype)
+    return cast(_convolve(x, cast(kernel, real), cast(D, real), cast(backward_kernel, real)), u.dtype)
 
 
-def _convolve(x: Tensor, kernel: Tensor, backward_kernel: Optional[Tensor]) -> Tensor:
+def _convolve(x: Tensor, kernel: Tensor, D: Optional[Tensor], backward_kernel: Optional[Tensor]) -> Tensor:
     """On a circle long enough that neither kernel reaches around it into the tokens."""
     if not x.numel():  # which transforms refuse
         return x.expand(x.shape[0], *kernel.shape[:-1], x.shape[-1])
@@ -55,4 +54,6 @@ def _convolve(x: Tensor, kernel: Tensor, backward_kernel: Optional[Tensor]) -> T
         circle = length + max(kernel.shape[-1], backward_kernel.shape[-1])
         before = F.pad(backward_kernel.flip(-1), (circle - backward_kernel.shape[-1], 0))
         spectrum = torch.fft.rfft(F.pad(kernel, (0, circle - kernel.shape[-1])) + before)
+    if D is not None:  # a kernel of one step has the same value at all frequencies
+        spectrum = spectrum + D.unsqueeze(-1)
     return torch.fft.irfft(torch.fft.rfft(x, circle) * spectrum, circle)[..., :length]
