@@ -13,13 +13,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler reports a mis
 import torch
 
 from ssmvision.engine import benchmark
-from ssmvision.engine.benchmark import Bar, operators, video
+from ssmvision.engine.benchmark import Bar, layers, operators, video
 from ssmvision.ops import backend_info
 
 EPILOG = """
 examples:
   the scan operator at the shapes of real models, against the sequential PyTorch scan
     python tools/benchmark.py ops
+
+  S4D beside its FFT, S5 beside a copy in memory, recurrent layers with and without resets
+    python tools/benchmark.py layers
 
   our models beside timm's at 224 x 224 and 1024 x 1024, batch 1
     python tools/benchmark.py models
@@ -53,9 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmark.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("ops", "models", "convs5"), help="Scan operators, models, video.")
+    parser.add_argument("what", choices=("ops", "layers", "models", "convs5"), help="Scans, layers, models, video.")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1).")
-    parser.add_argument("--repeats", type=int, default=0, metavar="N", help="Timed runs (default: 30 ops, 7 models).")
+    parser.add_argument(
+        "--repeats", type=int, default=0, metavar="N", help="Timed runs (default: 30 ops, 7 models, else 10)."
+    )
     parser.add_argument("--shapes", nargs="+", choices=tuple(benchmark.OPS), metavar="NAME", help="Scans to measure.")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="Models to compare, ours or timm's.")
     parser.add_argument("--img-size", type=int, default=224, metavar="PX", help="Side of the image for --models.")
@@ -65,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def print_figure(name: str, value: float, bar: Bar | None = None, unit: str = "") -> None:
     """One figure, and whether it meets its bar."""
-    print(f"  {name:24s} {value:10.3g}{unit:4s}" + (f"   {bar.judge(value)}" if bar else ""), flush=True)
+    print(f"  {name:29s} {value:10.3g}{unit:4s}" + (f"   {bar.judge(value)}" if bar else ""), flush=True)
 
 
 def print_scan(name: str, repeats: int, bandwidth: float) -> None:
@@ -104,6 +109,21 @@ def print_ops(names: Sequence[str], repeats: int) -> None:
         else:
             print(f"{package} at Vim-T: {times[1]:.3g} ms, ours {times[0]:.3g} ms = {times[1] / times[0]:.0f}x")
     print_processes()
+
+
+def print_layers(repeats: int) -> None:
+    """S4D and S5 beside what bounds them, then what resets cost each recurrent layer."""
+    for title, measure in (
+        ("S4D (b 8, d 256, l 4096, 32 conjugate pairs)", layers.s4d),
+        ("S5 (b 4, l 4096, d 256, 128 conjugate pairs)", layers.s5),
+    ):
+        print(title)
+        for figure, value in measure(repeats).items():
+            print_figure(figure, value, layers.BARS.get(figure), "" if "/" in figure else " ms")
+        print()
+    print("forward pass over packed clips by that without resets")
+    for name, ratio in layers.packed(repeats).items():
+        print_figure(name, ratio, layers.BARS["with / without resets"])
 
 
 def print_processes() -> None:
@@ -161,6 +181,11 @@ def print_convs5(repeats: int, frames: int = 300, lengths: tuple[int, int] = (50
     growth = generated["ConvS5"][long] / generated["ConvS5"][short]
     print_figure(f"ConvS5 at {long} / {short}", growth, Bar(1.1, at_least=False))
 
+    print("\na ConvS5 layer of 96 frames, 128 channels and states, 16 x 16")
+    print_figure("scan share of ConvS5", layers.scan_share(), layers.BARS["scan share of ConvS5"])
+    if (memory := benchmark.convs5_memory()) is not None:
+        print_figure("scan, train memory/state", memory, Bar(3, at_least=False))
+
     print("\nclips of 120 and of 30 frames, one layer forward and backward")
     packed = video.packed_clips(repeats)
     print_figure("with / without resets", packed["resets"], Bar(1.15, at_least=False))
@@ -174,6 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(benchmark.hardware() + "\n", flush=True)
     if args.what == "ops":
         print_ops(args.shapes or (), args.repeats or 30)
+        return 0
+    if args.what == "layers":
+        print_layers(args.repeats or 10)
         return 0
     if args.what == "convs5":
         print_convs5(args.repeats or 10)

@@ -7,7 +7,7 @@ import torch
 
 from ssmvision.engine.verify import verify_case
 from ssmvision.layers.s4 import S4Block, S4Kernel, recur
-from ssmvision.layers.s4d import S4D, S4DKernel
+from ssmvision.layers.s4d import S4D, S4DKernel, sum_of_powers
 from ssmvision.ops import fft_conv
 
 PARITY = Path(__file__).parents[1] / "parity"
@@ -78,7 +78,32 @@ def test_long_sequences_in_float32(kernel):
         for token in x.unbind(-1):
             y, state = recur(token, state, *system) if system else layer.step(token, state)
             outputs.append(y)
-    torch.testing.assert_close(torch.stack(outputs, -1), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    torch.testing.assert_close(torch.stack(outputs, -1), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.slow
+def test_a_layer_streams_thousands_of_tokens():
+    torch.manual_seed(0)
+    layer, x = S4D(4, d_state=32), torch.randn(1, 4, 4096)
+    with torch.no_grad():
+        wanted, state, outputs = layer(x), layer.initial_state(1), []
+        for token in x.unbind(-1):
+            y, state = layer.step(token, state)
+            outputs.append(y)
+    torch.testing.assert_close(torch.stack(outputs, -1), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 100])
+def test_sums_of_powers_are_sums_of_powers(length):
+    torch.manual_seed(0)
+    weights = torch.randn(2, 3, 4, dtype=torch.complex128, requires_grad=True)
+    log_A = torch.complex(-torch.rand(3, 4).double(), torch.randn(3, 4).double()).requires_grad_()
+    wanted = (weights[..., None] * torch.exp(log_A[..., None] * torch.arange(length))).sum(-2).real
+    found = sum_of_powers(weights, log_A, length)
+    torch.testing.assert_close(found, wanted)
+    upstream = torch.randn_like(wanted)
+    for x, y in zip(*(torch.autograd.grad(z, (weights, log_A), upstream) for z in (found, wanted)), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_longer_sequences_double_the_kernel():

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from ssmvision.layers import Hierarchical, Level, Mamba, Mamba2, Mamba3, MambaStack, S4Stack
+from ssmvision.layers import S5, ConvS5, Hierarchical, Level, Mamba, Mamba2, Mamba3, MambaStack, S4Stack
+from ssmvision.layers.s5 import S5Encoder
 
 LAYERS = {
     "Mamba": lambda: Mamba(6, d_state=3, d_conv=3, dt_rank=2, bias=True),
@@ -62,6 +63,45 @@ def test_packed_sequences_are_those_alone(name, seed):
         for first, last in itertools.pairwise(cuts):
             alone = run_steps(layer, tokens[None, first:last])[0]
             torch.testing.assert_close(found[first:last], alone, rtol=1e-4, atol=1e-5)
+
+
+class Pixels(ConvS5):
+    """ConvS5 with the interface of the others: frames are tokens of 8 channels at 2 x 2 pixels."""
+
+    def forward(self, x, reset=None):
+        return super().forward(x.unflatten(2, (8, 2, 2)), reset=reset)[0].flatten(2)
+
+    def step(self, x, state):
+        y, state = super().step(x.unflatten(1, (8, 2, 2)), state)
+        return y.flatten(1), state
+
+    def initial_state(self, batch):
+        return super().initial_state(batch, 2, 2)
+
+
+LONG = {
+    **LAYERS,
+    "S5": lambda: S5(8, d_state=32),
+    "S5 bilinear": lambda: S5(8, d_state=32, discretization="bilinear"),
+    "S5Encoder": lambda: S5Encoder(8, 2, d_state=16),
+    "ConvS5": lambda: Pixels(8, ssm_size=16, num_groups=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_thousands_of_steps_and_packed_clips_in_float32(name):
+    torch.manual_seed(0)
+    layer, clips = LONG[name](), (70, 1, 129, 4096)
+    dim = {"Mamba": 6, "MambaStack": 6, "ConvS5": 32}.get(name, 8)
+    x = torch.randn(1, sum(clips), dim)
+    reset = torch.zeros(1, sum(clips), dtype=torch.bool)
+    reset[:, [70, 71, 200]] = True
+    with torch.no_grad():
+        packed = layer(x, reset=reset)
+        for run in (layer, lambda clip: run_steps(layer, clip)):
+            alone = torch.cat([run(clip) for clip in x.split(clips, 1)], 1)
+            torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5 * alone.abs().max().item())
 
 
 @pytest.mark.parametrize("name", LAYERS)

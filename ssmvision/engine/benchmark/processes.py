@@ -26,6 +26,23 @@ run()
 print((resident("VmHWM") - before) / 1024)
 """
 
+_CONVS5 = """
+import torch
+from ssmvision.engine.benchmark import resident
+from ssmvision.ops import linear_scan
+torch.set_num_threads(1)
+a = (0.9 * torch.exp(1j * torch.rand(64))).requires_grad_()
+def run(frames):
+    x = torch.randn(1, frames, 16, 16, 64, dtype=torch.complex64, requires_grad=True)
+    upstream = torch.ones_like(x)
+    open("/proc/self/clear_refs", "w").write("5")  # forget earlier peaks
+    before = resident("VmRSS")
+    torch.autograd.backward(linear_scan(a, x)[0], upstream)
+    return 1024 * (resident("VmHWM") - before) / x.nbytes
+run(8)  # libraries allocate for themselves on first use
+print(run(96))
+"""
+
 
 def _run(code: str, **environment: str) -> float | None:
     result = subprocess.run(
@@ -52,3 +69,11 @@ def training_memory(tokens: int) -> float | None:
     The output and the gradients are counted. Large blocks are made to return to the system when they are freed.
     """
     return _run(_TRAIN.format(tokens=tokens), MALLOC_MMAP_THRESHOLD_="65536")
+
+
+def convs5_memory() -> float | None:
+    """What forward and backward of a ConvS5's scan need at their peak beyond inputs and the gradient given, in states.
+
+    Of 96 frames of 16 x 16 with 64 complex states; None where that is not measured.
+    """
+    return _run(_CONVS5, MALLOC_MMAP_THRESHOLD_="65536")
