@@ -107,4 +107,11 @@ def test_convs5_beside_its_baselines(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert out.count("GFLOP") == 3
     assert "no cache / ConvS5, sequence model" in out
-    assert out.count("bar") == 5
+    assert out.count("bar") == 7
+
+
+def test_layers_beside_what_bounds_them(capsys: pytest.CaptureFixture[str]) -> None:
+    tool.print_layers(repeats=1)
+    out = capsys.readouterr().out
+    assert out.count("whole layer") == 2
+    assert out.count("bar <=") == 6
