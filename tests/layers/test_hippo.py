@@ -100,7 +100,7 @@ def test_step_sizes_are_log_uniform():
         (lambda: nplr("legs", 5), "5 is odd"),
         (lambda: ptd(5), "5 is odd"),
         (lambda: ptd(48, relative=0.3), "no perturbation of relative size 0.3"),
-        (lambda: diagonal_init("random", 4), "no initialization 'random'"),
+        (lambda: diagonal_init("normal", 4), "no initialization 'normal'"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

@@ -1,6 +1,6 @@
 """Networks that read sequences, compared on one task: same data, same budget, same choice of learning rates."""
 
-from .compare import compare
+from .experiment import compare
 from .networks import build_network
 from .report import table
 from .tasks import Classification, Regression, Task, drift, fourier_noise, pixels

@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,11 +30,13 @@ class Task:
         train: Sequences (n, l, c) and their answers.
         val: Others, which networks are scored on.
         outputs: Channels that a network gives at each step.
+        metric: Name of the score; the higher the better if it is "accuracy".
     """
 
     train: Split
     val: Split
     outputs: int
+    metric: ClassVar[str]
 
     def answer(self, output: Tensor, target: Tensor) -> Tensor:
         """What of a network's outputs (n, l, o) is held against `target`."""
@@ -53,7 +55,7 @@ class Task:
 class Classification(Task):
     """A class (n) for a sequence: the mean of all outputs decides. The score is the accuracy in percent."""
 
-    metric = "accuracy"
+    metric: ClassVar[str] = "accuracy"
 
     def answer(self, output: Tensor, target: Tensor) -> Tensor:
         """(n, l, o) → (n, o)."""
@@ -72,7 +74,7 @@ class Classification(Task):
 class Regression(Task):
     """Values (n, k, o) at the ends of chunks of steps. The score is the mean squared error."""
 
-    metric = "mse"
+    metric: ClassVar[str] = "mse"
 
     def answer(self, output: Tensor, target: Tensor) -> Tensor:
         """The last output in each of k chunks, from a network that gives one per step or one per chunk already."""
@@ -134,22 +136,24 @@ def drift(
     val: int = 500,
     steps: int = 600,
     chunk: int = 10,
+    still: int = 100,
     bias: float = 1.0,
-    walk: float = 0.05,
-    noise: float = 1.0,
+    walk: float = 0.001,
+    noise: float = 0.2,
     seed: int = 0,
 ) -> Regression:
     """Velocity from an accelerometer that drifts: to integrate what it reads is wrong ever more.
 
-    A body is pushed at random (for about 10 steps in one direction) and slowed by friction (in about 100 steps). The
-    reading is its acceleration plus a bias, which walks at random, plus noise. The velocity, of unit variance, is asked
-    for at the end of each chunk.
+    A body rests, then it is pushed at random (for about 10 steps in one direction) and slowed by friction (in about 100
+    steps). The reading is its acceleration plus a bias, which walks at random, plus noise: the bias shows at rest and
+    must be remembered. The velocity is asked for at the end of each chunk.
 
     Args:
         train: Sequences to learn from.
         val: Sequences to score on.
         steps: Their length l.
         chunk: Steps between two answers.
+        still: Steps at rest.
         bias: Standard deviation of the bias at the beginning; these three in standard deviations of the acceleration.
         walk: Of what it changes by in one step.
         noise: Of the noise.
@@ -157,27 +161,30 @@ def drift(
     """
     if steps % chunk:
         raise UserError(f"{steps} steps are not a multiple of the chunk of {chunk}.")
+    if not 0 <= still < steps:
+        raise UserError(f"A body that rests for {still} of {steps} steps does not move.")
     generator = torch.Generator().manual_seed(seed)
-    velocity, acceleration = _motion(train + val, steps, generator)
+    velocity, acceleration = _motion(train + val, steps, still, generator)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(train + val, *shape, generator=generator)
 
     error = bias * normal(1) + walk * normal(steps).cumsum(1) + noise * normal(steps)
-    reading = acceleration / acceleration.std() + error
-    x, y = reading[..., None], (velocity / velocity.std())[:, chunk - 1 :: chunk, None]
+    x = (acceleration / acceleration[:, still:].std() + error)[..., None]
+    y = (velocity / velocity[:, still:].std())[:, chunk - 1 :: chunk, None]
     return Regression((x[:train], y[:train]), (x[train:], y[train:]), 1)
 
 
-def _motion(count: int, steps: int, generator: torch.Generator, push: float = 10, slow: float = 100) -> Split:
-    """Velocity and acceleration (n, l), begun long enough before that the beginning is like the rest."""
-    before = int(5 * slow)
-    force, v, velocities = torch.zeros(count), torch.zeros(count), []
-    for _ in range(before + steps):
-        force = math.exp(-1 / push) * force + torch.randn(count, generator=generator)
-        v = math.exp(-1 / slow) * v + force
-        velocities.append(v)
-    path = torch.stack(velocities[before - 1 :], 1)
+def _motion(
+    count: int, steps: int, still: int, generator: torch.Generator, push: float = 10, slow: float = 100
+) -> Split:
+    """Velocity and acceleration (n, l)."""
+    force, velocity = torch.zeros(count), [torch.zeros(count)]
+    for step in range(steps):
+        if step >= still:
+            force = math.exp(-1 / push) * force + torch.randn(count, generator=generator)
+        velocity.append(math.exp(-1 / slow) * velocity[-1] + force)
+    path = torch.stack(velocity, 1)
     return path[:, 1:], path.diff(dim=1)
 
 

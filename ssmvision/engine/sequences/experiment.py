@@ -11,6 +11,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def _run_all(
                 run = {"row": row, "lr": lr, "seed": seed, "parameters": sum(p.numel() for p in net.parameters())}
                 for epoch in _train(net, task, args, lr, seed):
                     _keep({**run, **epoch}, lines, path / "results.csv")
-                for mode in args.noise_modes if args.noise else ():
-                    _keep({**run, **_under_noise(net, task, args, mode)}, noise_lines, path / "noise.csv")
+                for line in _under_noise(net, task, args) if args.noise else ():
+                    _keep({**run, **line}, noise_lines, path / "noise.csv")
                 print(f"{row}, lr {lr:g}, seed {seed}: {task.metric} {lines[-1]['score']:.4g}", flush=True)
     return lines, noise_lines
 
@@ -84,25 +85,22 @@ def _make_task(name: str, task_args: dict[str, Any]) -> Task:
 
 
 def _builders(args: Namespace, task: Task) -> dict[str, Callable[[], nn.Module]]:
-    """What builds each row. All are tried, so that a mistake in the last one is not found after hours."""
+    """What builds each row."""
     if not args.rows:
         raise UserError("There is nothing to compare: give --rows.")
-
-    def builder(row: str, own: Any) -> Callable[[], nn.Module]:
+    for row, own in args.rows.items():
         if not isinstance(own, dict):
             raise UserError(f"Row {row!r} is {own!r}, but must hold `key: value` lines.")
-        words = {**args.net_args, **own}
-
-        def build() -> nn.Module:
-            try:
-                return build_network(task.train[0].shape[-1], task.outputs, **words)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"Row {row!r}: {error}") from error
-
-        build()
-        return build
-
-    return {row: builder(row, own) for row, own in args.rows.items()}
+    x, outputs = task.train[0][:1], task.outputs
+    builders = {
+        row: partial(build_network, x.shape[-1], outputs, **{**args.net_args, **own}) for row, own in args.rows.items()
+    }
+    for row, build in builders.items():  # all are tried: a mistake in the last one should not be found after hours
+        try:
+            build()(x)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"Row {row!r}: {error}") from error
+    return builders
 
 
 def _train(net: nn.Module, task: Task, args: Namespace, lr: float, seed: int) -> Iterator[Line]:
@@ -146,11 +144,12 @@ def _score(net: nn.Module, task: Task, x: Tensor, y: Tensor, batch_size: int) ->
     return task.score(torch.cat(answers), y)
 
 
-def _under_noise(net: nn.Module, task: Task, args: Namespace, mode: int) -> Line:
-    """The score on the first sequences of `task.val` with an oscillation added; without one at mode 0."""
+def _under_noise(net: nn.Module, task: Task, args: Namespace) -> Iterator[Line]:
+    """The score on the first sequences of `task.val`: at mode 0 as they are, at others with an oscillation added."""
     x, y = (part[: args.noise_count] for part in task.val)
-    x = fourier_noise(x, mode, args.noise) if mode else x
-    return {"mode": mode, "score": _score(net, task, x, y, args.batch_size)}
+    yield {"mode": 0, "score": _score(net, task, x, y, args.batch_size)}
+    for mode in range(args.noise_every, x.shape[1] // 2 + 1, args.noise_every):
+        yield {"mode": mode, "score": _score(net, task, fourier_noise(x, mode, args.noise), y, args.batch_size)}
 
 
 def _keep(line: Line, lines: list[Line], path: Path) -> None:
