@@ -92,7 +92,7 @@ def _builders(args: Namespace, task: Task) -> dict[str, Callable[[], nn.Module]]
         if not isinstance(own, dict):
             raise UserError(f"Row {row!r} is {own!r}, but must hold `key: value` lines.")
     x, outputs = task.train[0][:1], task.outputs
-    builders = {
+    builders: dict[str, Callable[[], nn.Module]] = {
         row: partial(build_network, x.shape[-1], outputs, **{**args.net_args, **own}) for row, own in args.rows.items()
     }
     for row, build in builders.items():  # all are tried: a mistake in the last one should not be found after hours

@@ -14,13 +14,14 @@ Line = dict[str, Any]
 def table(lines: Sequence[Line], noise_lines: Sequence[Line], metric: str) -> str:
     """The final scores of each row as Markdown: the mean over seeds at the learning rate that is best for the row.
 
-    Under noise: the score at the frequency that is worst for the row, and at that which is worst for the first row.
+    Noise is tried on fewer sequences: the score without it, at the mode that is worst for the row, and at the one that
+    is worst for the first row.
     """
     head = ["row", "parameters", "lr", metric, "of each seed", "seconds"]
     noisy = _noise_columns(lines, noise_lines, metric) if noise_lines else {}
     if noisy:
         first = next(iter(noisy))
-        head += ["same, fewer sequences", "worst frequency", "drop", f"at the worst of {first}", "drop"]
+        head += ["without noise", "worst mode", "drop", f"worst mode of {first}", "drop"]
     found = [
         [row, str(final[0]["parameters"]), f"{final[0]['lr']:g}", _number(_mean(final)),
          ", ".join(_number(line["score"]) for line in final), f"{sum(line['seconds'] for line in final):.0f}",
@@ -72,7 +73,7 @@ def _noise_columns(lines: Sequence[Line], noise_lines: Sequence[Line], metric: s
         row: [
             _number(by_mode[0]),
             f"{_number(by_mode[worst[row]])} (mode {worst[row]})",
-            _number(abs(by_mode[0] - by_mode[worst[row]])),
+            _number(by_mode[0] - by_mode[worst[row]]),
             f"{_number(by_mode[first])} (mode {first})",
             _number(by_mode[0] - by_mode[first]),
         ]
