@@ -109,7 +109,7 @@ def _measured(Lambda: Tensor, V: Tensor, A: Tensor, B: Tensor) -> PTD:
     error = transfer_function(Lambda, (C @ V) * (inverse @ B.to(V)), omega) - exact
     deviation = (error.abs().amax(-1) / exact.abs().amax(-1)).max().item()
     half, condition = n // 2, torch.linalg.cond(V).item()
-    # With eigenvectors of unit length B begins 1e5 times as large as C, and a usual learning step of C shakes the kernel.
+    # With eigenvectors of unit length B begins 1e5 times as large as C, and a usual step of C shakes the kernel.
     balance = (inverse.norm(dim=1) / V.norm(dim=0)).sqrt()
     V, inverse = V * balance, inverse / balance[:, None]
     return PTD(Lambda[:half], V[:, :half], inverse[:half], condition, deviation)
