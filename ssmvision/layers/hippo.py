@@ -160,15 +160,16 @@ def nplr(measure: str, n: int, rank: int = 1, clip: bool = True) -> tuple[Tensor
     return W, P, torch.complex(B.real, B.imag.clamp(-2, 2)) if clip else B, V
 
 
-DIAGONAL_INITS = ("lin", "inv", "inv2", "quad", "real", *NPLR_MEASURES)
+DIAGONAL_INITS = ("lin", "inv", "inv2", "quad", "real", "random", *NPLR_MEASURES)
 
 
 def diagonal_init(init: str, n: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues and input vector of S4D (arXiv:2206.11893, section 4).
 
     Args:
-        init: "lin", "inv", "inv2", "quad", "real", or a measure of `NPLR_MEASURES` ("legs", ...) whose low-rank
-            correction is dropped; with or without "diag-" before it.
+        init: "lin", "inv", "inv2", "quad", "real"; "random", drawn anew at each call, which others are held against: a
+            log-normal real part around the -1/2 of most others, a half-normal imaginary part; or a measure of
+            `NPLR_MEASURES` ("legs", ...) whose low-rank correction is dropped. With or without "diag-" before it.
         n: State size, even.
 
     Returns:
@@ -183,15 +184,18 @@ def diagonal_init(init: str, n: int) -> tuple[Tensor, Tensor]:
         return W, B
     if init not in DIAGONAL_INITS:
         raise ValueError(f"there is no initialization {init!r}; known: {', '.join(DIAGONAL_INITS)}")
+    ones = torch.ones(n // 2, dtype=torch.complex128)
     if init == "real":
-        return torch.complex(-(steps + 1), torch.zeros_like(steps)), torch.ones(n // 2, dtype=torch.complex128)
+        return torch.complex(-(steps + 1), torch.zeros_like(steps)), ones
+    if init == "random":
+        return torch.complex(-0.5 * torch.randn_like(steps).exp(), -torch.randn_like(steps).abs()), ones
     imaginary = {
         "lin": math.pi * steps,
         "inv": n / math.pi * (n / (2 * steps + 1) - 1),
         "inv2": n / math.pi * (n / (steps + 1) - 1),
         "quad": (1 + 2 * steps) ** 2 / math.pi,
     }[init]
-    return torch.complex(torch.full_like(steps, -0.5), -imaginary), torch.ones(n // 2, dtype=torch.complex128)
+    return torch.complex(torch.full_like(steps, -0.5), -imaginary), ones
 
 
 def init_log_dt_(log_dt: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:

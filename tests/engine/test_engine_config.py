@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from ssmvision.engine import ConfigError, parse_with_config
-from tools import predict, train, validate
+from tools import predict, sequences, train, validate
 
 
 def parse(tmp_path, text, *flags):
@@ -62,7 +62,7 @@ def test_recipes_of_the_repository_fit_the_parser(path):
     assert parse_with_config(train.build_parser(), ["--config", str(path)]).model
 
 
-@pytest.mark.parametrize("tool", [train, validate, predict])
+@pytest.mark.parametrize("tool", [train, validate, predict, sequences])
 def test_every_flag_is_explained_in_a_group(tool):
     parser = tool.build_parser()
     for group in parser._action_groups[2:]:

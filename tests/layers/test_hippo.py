@@ -69,6 +69,14 @@ def test_ptd_is_stable_and_near(n):
     assert error.max() < 0.05
 
 
+@pytest.mark.parametrize("n", [16, 64])
+def test_ptd_balances_inputs_and_outputs(n):
+    found = ptd(n)
+    identity = torch.eye(n // 2, dtype=torch.complex128)
+    torch.testing.assert_close(found.V_inv @ found.V, identity, rtol=0, atol=1e-8)
+    torch.testing.assert_close(found.V.norm(dim=0), found.V_inv.norm(dim=1))
+
+
 def test_dropping_the_correction_is_not_near():
     n = 32
     A, B = hippo("legs", n)
@@ -100,7 +108,7 @@ def test_step_sizes_are_log_uniform():
         (lambda: nplr("legs", 5), "5 is odd"),
         (lambda: ptd(5), "5 is odd"),
         (lambda: ptd(48, relative=0.3), "no perturbation of relative size 0.3"),
-        (lambda: diagonal_init("random", 4), "no initialization 'random'"),
+        (lambda: diagonal_init("normal", 4), "no initialization 'normal'"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):
