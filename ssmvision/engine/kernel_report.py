@@ -116,7 +116,7 @@ def examine(variant: Any, target: str) -> Finding:
     """
     compiled = _compile(variant.launch, target)
     found = _nvidia(compiled) if "cubin" in compiled.asm else _amd(compiled)
-    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    text = compiled.asm.get("ptx") or compiled.asm["llir"]
     widths = {name: _width(text, variant.launch.kernel, name) for name in variant.bulk}
     return Finding(variant.name, limit=variant.registers, widths=widths, **found)
 
@@ -127,31 +127,38 @@ def _compile(launch: Any, target: str) -> Any:
     try:
         import triton
         from triton.backends.compiler import GPUTarget
+        from triton.compiler.compiler import make_backend
     except ImportError as error:
         raise UserError(f"The report needs triton: {error}. It comes with torch for Linux.") from error
+    goal = GPUTarget(*TARGETS[target])
+    backend = make_backend(goal)
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
-        kind, constant, aligned = _argument(launch, name)
+        kind, constant, known = _argument(launch, name, backend)
         signature[name] = kind
         if kind == "constexpr":
             constants[(i,)] = constant
-        if aligned:  # the launcher tells the compiler what divides by 16; without it no load is wide
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        if known:
+            attributes[(i,)] = backend.parse_attr(known)
     source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
-    goal = GPUTarget(*TARGETS[target])
     return triton.compile(source, target=goal, options=launch.options(goal.backend))
 
 
-def _argument(launch: Any, name: str) -> tuple[str, Any, bool]:
-    """An argument's type, its value where that is compiled in, and whether it is a multiple of 16, as a call has it."""
+def _argument(launch: Any, name: str, backend: Any) -> tuple[str, Any, str]:
+    """An argument's type, its value where that is compiled in, and what else a call tells the compiler of it.
+
+    That is: what divides by 16, without which no load is wide; and on AMD, which tensors have less than 2 GiB, whose
+    addresses are then computed in other instructions.
+    """
     if name in launch.constants:
-        return "constexpr", launch.constants[name], False
+        return "constexpr", launch.constants[name], ""
     value, special = launch.arguments[name], name not in (launch.kernel.do_not_specialize or ())
     if isinstance(value, Tensor):
-        return _TYPES[value.dtype], None, True
+        return _TYPES[value.dtype], None, backend.get_tensor_specialization(value, align=True) if special else ""
     if value is None or (value == 1 and special):
-        return "constexpr", value, False
-    return "i32" if abs(value) < 2**31 else "i64", None, special and value % 16 == 0
+        return "constexpr", value, ""
+    known = backend.get_int_specialization(value, align=True) if special else ""
+    return "i32" if abs(value) < 2**31 else "i64", None, known
 
 
 def _nvidia(compiled: Any) -> dict[str, Any]:
@@ -186,11 +193,12 @@ def _width(text: str, kernel: Any, name: str) -> int:
     """Bits of the widest load that stands in the source on a line `tl.load(NAME ...`."""
     path = Path(kernel.fn.__code__.co_filename)
     lines = {i for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if f"tl.load({name}" in line}
-    return max((bits for where, bits in _loads(text, path.name) if where in lines), default=0)
+    loads = _ptx_loads if ".visible .entry" in text else _llvm_loads
+    return max((bits for where, bits in loads(text, path.name) if where in lines), default=0)
 
 
-def _loads(text: str, file: str) -> Iterator[tuple[int, int]]:
-    """Line of the source and bits of each load from memory in PTX or AMD's assembly."""
+def _ptx_loads(text: str, file: str) -> Iterator[tuple[int, int]]:
+    """Line of the source and bits of each load from memory in PTX."""
     where, inline = 0, False
     for line in text.splitlines():
         if "inline asm" in line:  # whose lines are counted on from that of the call
@@ -201,5 +209,16 @@ def _loads(text: str, file: str) -> Iterator[tuple[int, int]]:
             where = int(match[2]) if match[1] == file else 0
         elif match := re.search(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", line):
             yield where, int(match[1] or 1) * int(match[2])
-        elif match := re.search(r"(?:global|buffer)_load_(?:dwordx(\d)|(dword)|u?s?(short|byte))", line):
-            yield where, 32 * int(match[1]) if match[1] else 32 if match[2] else 16 if match[3] == "short" else 8
+
+
+def _llvm_loads(text: str, file: str) -> Iterator[tuple[int, int]]:
+    """The same in LLVM's code, which AMD's assembly follows load by load, but with lines lost where loads are merged."""
+    files = re.findall(rf'^!(\d+) = !DIFile\(filename: "{re.escape(file)}"', text, re.MULTILINE)
+    scopes = set(re.findall(rf"^!(\d+) = .*file: !(?:{'|'.join(files)})\b", text, re.MULTILINE))
+    places = re.findall(r"^!(\d+) = .*DILocation\(line: (\d+),.*scope: !(\d+)", text, re.MULTILINE)
+    lines = {place: int(line) for place, line, scope in places if scope in scopes}
+    of_type = {"float": 32, "half": 16, "bfloat": 16}
+    load = r"(?:ptr\.buffer\.load\.(?:v(\d+))?[a-z]+(\d+)|load (?:<(\d+) x )?(\w+)>?, ptr addrspace\(1\)).*!dbg !(\d+)"
+    for many, bits, several, kind, place in re.findall(load, text):
+        width = int(bits) if bits else of_type.get(kind) or int(kind.removeprefix("i"))
+        yield lines.get(place, 0), int(many or several or 1) * width

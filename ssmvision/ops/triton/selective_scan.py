@@ -26,6 +26,8 @@ _STEPS = 8  # of a tile; `_rows` and `_tile` know this number
 _STATES, _STATES_BACKWARD = 16, 16  # at most so many per lane; others follow in turn, or in programs of their own
 _ENOUGH = 256  # programs that keep a GPU busy: with fewer, routes run in programs of their own
 _REGISTERS, _REGISTERS_BACKWARD = 128, 232
+_GENERIC = ["length", "steps", "chunks", "rank", "lane", "A_ptr", "initial_ptr", "last_ptr", "saved_ptr", "states_ptr",
+            "dlast_ptr", "dA_ptr", "dinitial_ptr"]
 
 
 def forward(
@@ -167,7 +169,7 @@ def _shared(
     return arguments, constants
 
 
-@triton.jit(do_not_specialize=["length", "steps", "chunks", "rank", "lane"])
+@triton.jit(do_not_specialize=_GENERIC)
 def _forward_kernel(
     u_ptr: tl.tensor, delta_ptr: tl.tensor, A_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor,
     bias_ptr: tl.tensor, proj_ptr: tl.tensor, initial_ptr: tl.tensor, reset_ptr: tl.tensor, routes_ptr: tl.tensor,
@@ -238,7 +240,7 @@ def _forward_kernel(
             tl.debug_barrier()  # what this walk wrote, the next reads in other lanes
 
 
-@triton.jit(do_not_specialize=["length", "steps", "chunks", "rank", "lane"])
+@triton.jit(do_not_specialize=_GENERIC)
 def _backward_kernel(
     dy_ptr: tl.tensor, dlast_ptr: tl.tensor, saved_ptr: tl.tensor, states_ptr: tl.tensor, u_ptr: tl.tensor,
     delta_ptr: tl.tensor, A_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, bias_ptr: tl.tensor,
