@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssmvision.data import UserError
 
-__all__ = ["MATERIALISED", "OPERATORS", "TARGETS", "Finding", "Traffic", "examine", "kernels", "traffic"]
+__all__ = ["MACHINES", "MATERIALISED", "OPERATORS", "TARGETS", "Finding", "Traffic", "examine", "kernels", "traffic"]
 
 OPERATORS = ("selective_scan", "linear_scan", "ssd_scan", "causal_conv1d")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -32,6 +32,27 @@ SHARED_LIMIT = 48 * 1024
 MATERIALISED = 83
 RATIO_LIMIT = 0.35
 BANDWIDTH, EXPONENTIALS = 3.35e12, 3.7e12  # per second, of an H100 by its data sheet: memory, and 16 a clock and core
+
+
+class Machine(NamedTuple):
+    """A GPU of a target, by its data sheet.
+
+    Args:
+        name: As it is sold.
+        warps: That run at once with 128 registers each.
+        cache: Bytes of L2.
+    """
+
+    name: str
+    warps: int
+    cache: int
+
+
+MACHINES = {
+    "sm_80": Machine("A100", 108 * 16, 40 * 2**20),
+    "sm_90": Machine("H100", 132 * 16, 50 * 2**20),
+    "gfx942": Machine("MI300X", 304 * 4 * 4, 32 * 2**20),  # 4 MiB in each of 8 dies
+}
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.bool: "*i1",
@@ -69,37 +90,56 @@ class Finding(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Counted bytes per element of (b, l, d) of a forward scan with merge, and the bound that follows.
+    """Counted bytes per element of (b, l, d) of a forward scan of bfloat16 tokens along several routes, merged.
 
     Args:
-        resident: Bytes if the tokens that are in flight stay in the cache between routes.
-        streaming: Bytes if nothing does.
-        picoseconds: Of a whole GPU for the resident traffic, or for the exponentials if these take longer.
+        cached: Bytes if tokens and sums that are in flight stay in the cache from route to route.
+        cold: Bytes if nothing does.
+        in_flight: Bytes of tokens and sums that would have to stay.
+        fits: Whether the machine's L2 holds them, so that `cached` is what to expect, else `cold`.
+        picoseconds: Of a whole H100 for what is to expect, or for the exponentials if these take longer.
         bound: Which of the two it is.
     """
 
-    resident: float
-    streaming: float
+    cached: float
+    cold: float
+    in_flight: float
+    fits: bool
     picoseconds: float
     bound: str
 
 
-def traffic(routes: int, channels: int, states: int, rank: int, token_bytes: int = 2) -> Traffic:
-    """Counts what one program after the other must move where each walks all routes of its channels.
+def traffic(
+    batch: int, routes: int, channels: int, states: int, rank: int, tokens: int, target: str
+) -> Traffic:  # fmt: skip
+    """Counts what the programs of one call must move, given how the launcher cuts the work.
 
     Args:
-        routes: Scans over the same tokens.
+        batch: Samples.
+        routes: Scans over the same tokens, more than one.
         channels: Of a token.
-        states: Per channel.
+        states: Per channel, at most 16.
         rank: Of delta; 0 if it comes in full width.
-        token_bytes: Of a number of u, delta, B or C; y is summed in float32.
+        tokens: Of a sample.
+        target: One of `MACHINES`.
     """
-    coefficients = routes * (2 * states + (rank or channels)) * token_bytes / channels
-    resident = token_bytes + 4 + coefficients
-    # Every route reads u; the first writes y, the others read and write it.
-    streaming = routes * token_bytes + 4 * (2 * routes - 1) + coefficients
-    memory, exponentials = 1e12 * resident / BANDWIDTH, 1e12 * routes * (states + 1) / EXPONENTIALS
-    return Traffic(resident, streaming, max(memory, exponentials), "memory" if memory > exponentials else "exp2")
+    module = importlib.import_module("ssmvision.ops.triton.selective_scan")
+    machine, lanes = MACHINES[target], TARGETS[target][2]
+    coefficients = routes * (2 * states + (rank or channels)) * 2 / channels
+    together = module.walks_together(batch, routes, channels, lanes)
+    if together:
+        # Every route reads u; the first writes sums, the others read and write them; a last pass widens these.
+        cold = 2 * routes + 2 * (2 * routes - 1) + 2 + 4 + coefficients
+        programs = min(batch * -(-channels // lanes), machine.warps)
+        in_flight = programs * tokens * lanes * (2 + 2)
+    else:  # every route has sums of its own, which a last pass reads together
+        cold = 2 * routes + 2 * routes + 2 * routes + 4 + coefficients
+        in_flight = batch * tokens * channels * 2 * (1 + routes)
+    # Sums that are no longer needed are written back all the same.
+    cached, fits = 2 + 2 * (1 if together else routes) + 4 + coefficients, in_flight <= machine.cache
+    memory, exponentials = 1e12 * (cached if fits else cold) / BANDWIDTH, 1e12 * routes * (states + 1) / EXPONENTIALS
+    bound = "memory" if memory > exponentials else "exp2"
+    return Traffic(cached, cold, in_flight, fits, max(memory, exponentials), bound)
 
 
 def kernels(operator: str, dtype: str, target: str) -> list[Any]:
@@ -212,7 +252,7 @@ def _ptx_loads(text: str, file: str) -> Iterator[tuple[int, int]]:
 
 
 def _llvm_loads(text: str, file: str) -> Iterator[tuple[int, int]]:
-    """The same in LLVM's code, which AMD's assembly follows load by load, but with lines lost where loads are merged."""
+    """The same in LLVM's code. AMD's assembly has the same loads, but of merged ones it forgets the lines."""
     files = re.findall(rf'^!(\d+) = !DIFile\(filename: "{re.escape(file)}"', text, re.MULTILINE)
     scopes = set(re.findall(rf"^!(\d+) = .*file: !(?:{'|'.join(files)})\b", text, re.MULTILINE))
     places = re.findall(r"^!(\d+) = .*DILocation\(line: (\d+),.*scope: !(\d+)", text, re.MULTILINE)

@@ -146,7 +146,9 @@ def _forward_launch(
     arguments |= {"last_ptr": last, "saved_ptr": checkpoints}
     constants |= {"WALKS": walks, "RELOAD": lanes == 32, "BLOCK": block, "SOFTPLUS": delta_softplus}
     grid = (u.shape[0] * (k // walks) * triton.cdiv(u.shape[2], lanes),)
-    return Launch(_forward_kernel, grid, arguments, constants, num_warps=1, registers=_REGISTERS)
+    # With few states, NVIDIA's assembler unrolls loops as far as registers go, and then spills: it gets eight less.
+    registers = _REGISTERS if block > 2 else _REGISTERS - 8
+    return Launch(_forward_kernel, grid, arguments, constants, num_warps=1, registers=registers)
 
 
 def _backward_launch(
@@ -202,13 +204,14 @@ def _tokens(name: str, x: Tensor, *axes: str) -> dict[str, Any]:
 def _forward_kernel(
     u_ptr: tl.tensor, delta_ptr: tl.tensor, A_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor,
     bias_ptr: tl.tensor, proj_ptr: tl.tensor, initial_ptr: tl.tensor, reset_ptr: tl.tensor, routes_ptr: tl.tensor,
-    y_ptr: tl.tensor, last_ptr: tl.tensor, saved_ptr: tl.tensor, length: tl.tensor, steps: tl.tensor, chunks: tl.tensor, rank: tl.tensor, lane: tl.tensor, u_b: tl.tensor, u_k: tl.tensor,
-    u_l: tl.tensor, delta_b: tl.tensor, delta_k: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor,
-    B_g: tl.tensor, B_l: tl.tensor, B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor, C_l: tl.tensor,
-    C_per: tl.tensor, reset_b: tl.tensor, reset_k: tl.tensor, y_b: tl.tensor, y_k: tl.tensor, y_l: tl.tensor,
-    WALKS: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTES: tl.constexpr,
-    STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr, UNIFORM_C: tl.constexpr, CHUNK: tl.constexpr,
-    STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    y_ptr: tl.tensor, last_ptr: tl.tensor, saved_ptr: tl.tensor, length: tl.tensor, steps: tl.tensor, chunks: tl.tensor,
+    rank: tl.tensor, lane: tl.tensor, u_b: tl.tensor, u_k: tl.tensor, u_l: tl.tensor, delta_b: tl.tensor,
+    delta_k: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor, B_g: tl.tensor, B_l: tl.tensor,
+    B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor, C_l: tl.tensor, C_per: tl.tensor,
+    reset_b: tl.tensor, reset_k: tl.tensor, y_b: tl.tensor, y_k: tl.tensor, y_l: tl.tensor, WALKS: tl.constexpr,
+    RELOAD: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTES: tl.constexpr, STATES: tl.constexpr,
+    DIM: tl.constexpr, UNIFORM_B: tl.constexpr, UNIFORM_C: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of channels of one sample along one route, or along several and in several blocks of states in turn."""
     tile = tl.program_id(0) % tl.cdiv(DIM, CHANNELS)
@@ -275,12 +278,12 @@ def _backward_kernel(
     proj_ptr: tl.tensor, initial_ptr: tl.tensor, reset_ptr: tl.tensor, routes_ptr: tl.tensor, du_ptr: tl.tensor,
     ddelta_ptr: tl.tensor, dA_ptr: tl.tensor, dB_ptr: tl.tensor, dC_ptr: tl.tensor, dD_ptr: tl.tensor,
     dbias_ptr: tl.tensor, dinitial_ptr: tl.tensor, length: tl.tensor, steps: tl.tensor, chunks: tl.tensor,
-    rank: tl.tensor, lane: tl.tensor, dy_b: tl.tensor, dy_k: tl.tensor, dy_l: tl.tensor, u_b: tl.tensor,
-    u_k: tl.tensor, u_l: tl.tensor, delta_b: tl.tensor, delta_k: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor,
-    B_k: tl.tensor, B_g: tl.tensor, B_l: tl.tensor, B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor,
-    C_l: tl.tensor, C_per: tl.tensor, reset_b: tl.tensor, reset_k: tl.tensor, BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ROUTES: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr,
-    UNIFORM_C: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    rank: tl.tensor, lane: tl.tensor, dy_b: tl.tensor, dy_k: tl.tensor, dy_l: tl.tensor, u_b: tl.tensor, u_k: tl.tensor,
+    u_l: tl.tensor, delta_b: tl.tensor, delta_k: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor,
+    B_g: tl.tensor, B_l: tl.tensor, B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor, C_l: tl.tensor,
+    C_per: tl.tensor, reset_b: tl.tensor, reset_k: tl.tensor, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ROUTES: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr, UNIFORM_C: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     """The adjoint of a tile of channels along one route, for a block of states.
 
@@ -437,7 +440,7 @@ def _raw_steps(
         raw = tl.load(delta_ptr + place, mask=known[None, :], other=0.0).to(tl.float32)
     else:
         raw = tl.zeros((token.shape[0], c.shape[0]), tl.float32)
-        for r in range(0, rank):
+        for r in range(rank):
             low = tl.load(delta_ptr + token * delta_l + r).to(tl.float32)
             weight = tl.load(proj_ptr + (k * rank + r) * DIM + c, mask=known, other=0.0)
             raw += low[:, None] * weight[None, :]
