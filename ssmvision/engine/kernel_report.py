@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssmvision.data import UserError
 
-__all__ = ["MACHINES", "MATERIALISED", "OPERATORS", "TARGETS", "Finding", "Traffic", "examine", "kernels", "traffic"]
+__all__ = ["MACHINES", "OPERATORS", "TARGETS", "Finding", "Traffic", "examine", "kernels", "traffic"]
 
 OPERATORS = ("selective_scan", "linear_scan", "ssd_scan", "causal_conv1d")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -28,8 +28,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARED_LIMIT = 48 * 1024
 
 # Of a pipeline that copies the tokens four times, projects, scans and merges: bytes per element of (b, l, d), bfloat16.
-# Copies 10, two projections 17, scan 32, merge 20, cast and norm 4.
-MATERIALISED = 83
+# Copies 10, two projections 16, scan 32, merge 20, cast and norm 4; and delta's low rank, B and C, which are written,
+# split (read and written) and read. With one state that is 83.
+MATERIALISED, MATERIALISED_COEFFICIENTS = 82, 4
 RATIO_LIMIT = 0.35
 BANDWIDTH, EXPONENTIALS = 3.35e12, 3.7e12  # per second, of an H100 by its data sheet: memory, and 16 a clock and core
 
@@ -95,6 +96,7 @@ class Traffic(NamedTuple):
     Args:
         cached: Bytes if tokens and sums that are in flight stay in the cache from route to route.
         cold: Bytes if nothing does.
+        materialised: Bytes of the pipeline that it replaces.
         in_flight: Bytes of tokens and sums that would have to stay.
         fits: Whether the machine's L2 holds them, so that `cached` is what to expect, else `cold`.
         picoseconds: Of a whole H100 for what is to expect, or for the exponentials if these take longer.
@@ -103,6 +105,7 @@ class Traffic(NamedTuple):
 
     cached: float
     cold: float
+    materialised: float
     in_flight: float
     fits: bool
     picoseconds: float
@@ -139,7 +142,8 @@ def traffic(
     cached, fits = 2 + 2 * (1 if together else routes) + 4 + coefficients, in_flight <= machine.cache
     memory, exponentials = 1e12 * (cached if fits else cold) / BANDWIDTH, 1e12 * routes * (states + 1) / EXPONENTIALS
     bound = "memory" if memory > exponentials else "exp2"
-    return Traffic(cached, cold, in_flight, fits, max(memory, exponentials), bound)
+    materialised = MATERIALISED + MATERIALISED_COEFFICIENTS * coefficients
+    return Traffic(cached, cold, materialised, in_flight, fits, max(memory, exponentials), bound)
 
 
 def kernels(operator: str, dtype: str, target: str) -> list[Any]:
