@@ -66,17 +66,18 @@ def print_kernels(operators: Sequence[str], targets: Sequence[str], dtypes: Sequ
 
 def print_traffic(targets: Sequence[str]) -> bool:
     """The counted bytes of the scans of VMamba and of one with more states; returns whether their budget holds."""
-    print(f"\npredicted, not measured: bytes per element of (b, l, d), forward, bfloat16, 4 routes, {BATCH} samples")  # fmt: skip
+    print("\npredicted, not measured: bytes per element of (b, l, d) of a forward scan along 4 routes, bfloat16, "
+          f"{BATCH} samples")  # fmt: skip
     print(f"{'tokens':>7s}{'d':>6s}{'n':>4s}{'r':>4s}  {'machine':8s}materialised{'cached':>14s}{'cold':>15s}"
           f"{'in flight':>12s}{'L2':>6s}  expected, and time on an H100")  # fmt: skip
     holds = True
     for tokens, channels, states, rank in SHAPES:
         for target in targets:
             found, machine = traffic(BATCH, 4, channels, states, rank, tokens, target), MACHINES[target]
+            cached, cold = (f"{x:.1f} = {x / found.materialised:.2f}x" for x in (found.cached, found.cold))
             time = f", {found.picoseconds:.1f} ps, bound by {found.bound}" if target == "sm_90" else ""
             print(f"{tokens:7d}{channels:6d}{states:4d}{rank:4d}  {machine.name:8s}{found.materialised:12.1f}"
-                  f"{found.cached:6.1f} = {found.cached / found.materialised:.2f}x{found.cold:7.1f} = "
-                  f"{found.cold / found.materialised:.2f}x{found.in_flight / 2**20:8.0f} MiB{machine.cache / 2**20:6.0f}  "
+                  f"{cached:>14s}{cold:>15s}{found.in_flight / 2**20:8.0f} MiB{machine.cache / 2**20:6.0f}  "
                   f"{'cached' if found.fits else 'cold'}{time}")  # fmt: skip
             holds = holds and found.cold <= RATIO_LIMIT * found.materialised
     return holds
