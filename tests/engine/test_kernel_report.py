@@ -50,6 +50,8 @@ def test_kernels_compile_within_their_budgets(monkeypatch, operator, target):
         ("selective_scan", "backward, Vim", "bfloat16", "sm_80"),
         ("selective_scan", "forward, Vim", "float32", "sm_80"),
         ("selective_scan", "forward, Vim", "float32", "gfx942"),
+        ("selective_scan", "forward, Mamba", "float32", "gfx942"),
+        ("selective_scan", "backward, Mamba", "float32", "gfx942"),
         ("ssd_scan", "forward, y", "bfloat16", "gfx942"),
         ("ssd_scan", "forward, y", "float32", "gfx942"),
         ("ssd_scan", "backward, step and A", "float32", "gfx942"),
