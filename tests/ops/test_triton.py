@@ -19,8 +19,11 @@ CASES = [
         "plain", "everything", "across the border of a chunk", "growing", "several tiles", "two groups of whole tiles",
         "blocks of states", "strided", "channels last", "apart", "no routes, merged", "random", "subset",
         "bidirectional", "cross", "column", "serpentine", "window", "atrous", "volume", "bfloat16", "float16",
+        "walking", "walking a subset", "walking a subset in bfloat16", "walking in bfloat16", "walking on AMD",
+        "blocks of states on AMD",
     )),
-    *(f"golden selective_scan, case{i}" for i in range(6)), "golden selective_scan_2d",
+    *(f"golden selective_scan, case{i}" for i in range(6)),
+    *(f"golden selective_scan_2d, case{i}" for i in range(3)),
     *(f"golden linear_scan, case{i}" for i in range(3)), *(f"golden ssd_scan, case{i}" for i in range(4)),
 ]  # fmt: skip
 

@@ -26,6 +26,12 @@ _STEPS = 8  # of a tile; `_rows` and `_tile` know this number
 _STATES, _STATES_BACKWARD = 16, 16  # at most so many per lane; others follow in turn, or in programs of their own
 _ENOUGH = 256  # programs that keep a GPU busy: with fewer, routes run in programs of their own
 _REGISTERS, _REGISTERS_BACKWARD = 128, 232
+# Not compiled for their values: numbers that change from call to call; and pointers to states. Told that a tensor is
+# small, the compiler for AMD gives each state of a lane an address of its own, and its registers spill.
+_GENERIC = [
+    "length", "steps", "chunks", "rank", "lane", "A_ptr", "initial_ptr", "last_ptr", "saved_ptr", "states_ptr",
+    "dlast_ptr", "dA_ptr", "dB_ptr", "dC_ptr", "dinitial_ptr",
+]  # fmt: skip
 
 
 def forward(
@@ -35,15 +41,15 @@ def forward(
 ) -> None:  # fmt: skip
     """Fill `out` = (y, last state, checkpoints); shapes as in `ops.selective_scan._forward`."""
     y, last, checkpoints = out
-    (b, _, d, length), k = y.shape, A.shape[0]
-    together = y.shape[1] == 1 and (k == 1 or b * triton.cdiv(d, warp_size(u)) >= _ENOUGH)
-    parts = y if together or not merge else y.new_empty(b, k, length, d).transpose(-1, -2)
+    parts = _allocate_output(y, u, A, warp_size(u))
     if _partial(routes, u):
         parts.zero_()
     tensors = (u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes)
     _forward_launch(*tensors, delta_softplus, (parts, last, checkpoints), warp_size(u)).run()
-    if parts is not y:
-        y.copy_(parts.sum(1, keepdim=True))
+    if parts.shape != y.shape:
+        torch.sum(parts, 1, keepdim=True, dtype=y.dtype, out=y)
+    elif parts is not y:
+        y.copy_(parts)
 
 
 def backward(
@@ -78,6 +84,25 @@ def backward(
         dproj,
         None if initial_state is None else grads["dinitial"].transpose(-1, -2),
     )
+
+
+def _allocate_output(y: Tensor, u: Tensor, A: Tensor, lanes: int) -> Tensor:
+    """Where programs write y: `y` itself if it can be; by routes if these run apart.
+
+    Sums over routes pass through memory, which is what bounds a scan along several routes of few states. Of bfloat16
+    tokens they do so in bfloat16: it has the range of float32, and y is rounded to it in the end.
+    """
+    (b, parts, d, length), (k, _, n) = y.shape, A.shape
+    narrow = u.dtype == torch.bfloat16 and parts < k and n <= _STATES
+    apart = parts < k and not walks_together(b, k, d, lanes)
+    if y.stride(2) == 1 and not narrow and not apart:
+        return y
+    return y.new_empty(b, k if apart else parts, length, d, dtype=u.dtype if narrow else y.dtype).mT
+
+
+def walks_together(b: int, k: int, d: int, lanes: int) -> bool:
+    """Whether a program walks all routes of its channels, as it does where there are enough programs."""
+    return k == 1 or b * triton.cdiv(d, lanes) >= _ENOUGH
 
 
 def _allocate_grads(u: Tensor, A: Tensor, B: Tensor, C: Tensor, lanes: int) -> dict[str, Tensor]:
@@ -117,10 +142,13 @@ def _forward_launch(
     k, walks = A.shape[0], A.shape[0] // y.shape[1]  # routes that a program walks in turn
     block = min(_STATES, power_of_two(A.shape[2]))
     arguments, constants = _shared(u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes, lanes)
-    arguments |= {"y_ptr": y, **strides("y", y, "b", "k", "d", "l"), "last_ptr": last, "saved_ptr": checkpoints}
+    arguments |= {"y_ptr": y, **strides("y", y.mT, "b", "k", "l")}
+    arguments |= {"last_ptr": last, "saved_ptr": checkpoints}
     constants |= {"WALKS": walks, "RELOAD": lanes == 32, "BLOCK": block, "SOFTPLUS": delta_softplus}
     grid = (u.shape[0] * (k // walks) * triton.cdiv(u.shape[2], lanes),)
-    return Launch(_forward_kernel, grid, arguments, constants, num_warps=1, registers=_REGISTERS)
+    # With few states, NVIDIA's assembler unrolls loops as far as registers go, and then spills: it gets eight less.
+    registers = _REGISTERS if block > 2 else _REGISTERS - 8
+    return Launch(_forward_kernel, grid, arguments, constants, num_warps=1, registers=registers)
 
 
 def _backward_launch(
@@ -132,7 +160,7 @@ def _backward_launch(
     arguments, constants = _shared(u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset, routes, lanes)
     programs = u.shape[0] * A.shape[0] * triton.cdiv(A.shape[2], _STATES_BACKWARD) * triton.cdiv(u.shape[2], lanes)
     dlast = None if dlast is None else dlast.transpose(-1, -2).contiguous()
-    arguments |= {"dy_ptr": dy, **strides("dy", dy, "b", "k", "d", "l"), "dlast_ptr": dlast, "saved_ptr": checkpoints}
+    arguments |= {**_tokens("dy", dy, "b", "k"), "dlast_ptr": dlast, "saved_ptr": checkpoints}
     arguments |= {"states_ptr": A.new_empty(programs, CHUNK // _STEPS + _STEPS, block, lanes)}
     arguments |= {f"{name}_ptr": x for name, x in grads.items()}
     constants |= {"BLOCK": block, "SOFTPLUS": delta_softplus}
@@ -153,10 +181,9 @@ def _shared(
     }
     arguments |= {f"{name}_ptr": None if x is None else x.contiguous() for name, x in contiguous.items()}
     arguments |= strides("reset", arguments["reset_ptr"], "b", "k")
-    arguments |= {"u_ptr": u, **strides("u", u, "b", "k", "d", "l")}
-    arguments |= {"delta_ptr": delta, **strides("delta", delta, "b", "k", "r", "l")}
+    arguments |= {**_tokens("u", u, "b", "k"), **_tokens("delta", delta, "b", "k")}
     for name, x in (("B", B), ("C", C)):
-        arguments |= {f"{name}_ptr": x, **strides(name, x, "b", "k", "g", "n", "l"), f"{name}_per": d // x.shape[2]}
+        arguments |= {**_tokens(name, x, "b", "k", "g"), f"{name}_per": d // x.shape[2]}
     arguments |= {"length": length, "steps": steps, "chunks": triton.cdiv(steps, CHUNK), "lane": 1}
     arguments |= {"rank": 0 if dt_proj is None else dt_proj.shape[-1]}
     constants = {
@@ -167,18 +194,24 @@ def _shared(
     return arguments, constants
 
 
-@triton.jit(do_not_specialize=["length", "steps", "chunks", "rank", "lane"])
+def _tokens(name: str, x: Tensor, *axes: str) -> dict[str, Any]:
+    """Arguments for tokens (*axes, features, l), copied if the features of a token do not lie side by side."""
+    x = x.mT if x.stride(-2) == 1 or x.shape[-2] == 1 else x.mT.contiguous()
+    return {f"{name}_ptr": x, **strides(name, x, *axes, "l")}
+
+
+@triton.jit(do_not_specialize=_GENERIC)
 def _forward_kernel(
     u_ptr: tl.tensor, delta_ptr: tl.tensor, A_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor,
     bias_ptr: tl.tensor, proj_ptr: tl.tensor, initial_ptr: tl.tensor, reset_ptr: tl.tensor, routes_ptr: tl.tensor,
-    y_ptr: tl.tensor, last_ptr: tl.tensor, saved_ptr: tl.tensor, length: tl.tensor, steps: tl.tensor,
-    chunks: tl.tensor, rank: tl.tensor, lane: tl.tensor, u_b: tl.tensor, u_k: tl.tensor, u_d: tl.tensor, u_l: tl.tensor,
-    delta_b: tl.tensor, delta_k: tl.tensor, delta_r: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor,
-    B_g: tl.tensor, B_n: tl.tensor, B_l: tl.tensor, B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor,
-    C_n: tl.tensor, C_l: tl.tensor, C_per: tl.tensor, reset_b: tl.tensor, reset_k: tl.tensor, y_b: tl.tensor,
-    y_k: tl.tensor, y_d: tl.tensor, y_l: tl.tensor, WALKS: tl.constexpr, RELOAD: tl.constexpr, BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ROUTES: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr,
-    UNIFORM_C: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    y_ptr: tl.tensor, last_ptr: tl.tensor, saved_ptr: tl.tensor, length: tl.tensor, steps: tl.tensor, chunks: tl.tensor,
+    rank: tl.tensor, lane: tl.tensor, u_b: tl.tensor, u_k: tl.tensor, u_l: tl.tensor, delta_b: tl.tensor,
+    delta_k: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor, B_g: tl.tensor, B_l: tl.tensor,
+    B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor, C_l: tl.tensor, C_per: tl.tensor,
+    reset_b: tl.tensor, reset_k: tl.tensor, y_b: tl.tensor, y_k: tl.tensor, y_l: tl.tensor, WALKS: tl.constexpr,
+    RELOAD: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTES: tl.constexpr, STATES: tl.constexpr,
+    DIM: tl.constexpr, UNIFORM_B: tl.constexpr, UNIFORM_C: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of channels of one sample along one route, or along several and in several blocks of states in turn."""
     tile = tl.program_id(0) % tl.cdiv(DIM, CHANNELS)
@@ -197,18 +230,18 @@ def _forward_kernel(
         if initial_ptr is not None:
             h = tl.load(initial_ptr + (batch * ROUTES + k) * STATES * DIM + states, mask=inside, other=0.0)
         skip = _skip(D_ptr, k * DIM + c, known & (n == 0), CHANNELS)
-        B_row = _coefficients(B_ptr + batch * B_b + k * B_k + n * B_n, c, B_per, B_g, B_n, UNIFORM_B, BLOCK)
-        C_row = _coefficients(C_ptr + batch * C_b + k * C_k + n * C_n, c, C_per, C_g, C_n, UNIFORM_C, BLOCK)
+        B_row = _coefficients(B_ptr + batch * B_b + k * B_k + n, c, B_per, B_g, UNIFORM_B, BLOCK)
+        C_row = _coefficients(C_ptr + batch * C_b + k * C_k + n, c, C_per, C_g, UNIFORM_C, BLOCK)
         for chunk in tl.range(0, chunks, disable_licm=True):
             save = saved_ptr + ((batch * ROUTES + k) * chunks + chunk) * STATES * DIM
             tl.store(save + states, h, mask=inside)
             for start in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, steps), STEPS, disable_licm=True):
                 s = start + tl.arange(0, STEPS)
                 token = _token(routes_ptr, k, s, steps)
-                u_place = batch * u_b + k * u_k + token[:, None] * u_l + c[None, :] * u_d
+                u_place = batch * u_b + k * u_k + token[:, None] * u_l + c[None, :]
                 u = tl.load(u_ptr + u_place, mask=known[None, :], other=0.0)
                 delta_row = delta_ptr + batch * delta_b + k * delta_k
-                dt = _raw_steps(delta_row, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, rank, DIM)
+                dt = _raw_steps(delta_row, delta_l, proj_ptr, bias_ptr, k, token, c, known, rank, DIM)
                 dt = tl.where((s < steps)[:, None], softplus(dt) if SOFTPLUS else dt, 0.0)
                 # The tuples turn, so that a loop need not be unrolled, whose steps would all be begun at once.
                 us, dts = _rows(u), _rows(dt)
@@ -228,7 +261,7 @@ def _forward_kernel(
                     us, dts = us[1:] + us[:1], dts[1:] + dts[:1]
                     ys = ys[1:] + tl.tuple([tl.sum(h * C, 0) + skip * x])
                 y = _tile(ys)
-                y_place = batch * y_b + k * y_k + token[:, None] * y_l + c[None, :] * y_d
+                y_place = batch * y_b + k * y_k + token[:, None] * y_l + c[None, :]
                 written = (s < steps)[:, None] & known[None, :]
                 if WALKS * tl.cdiv(STATES, BLOCK) > 1:
                     y += tl.load(y_ptr + y_place, mask=written & (walk > 0), other=0.0)
@@ -238,21 +271,19 @@ def _forward_kernel(
             tl.debug_barrier()  # what this walk wrote, the next reads in other lanes
 
 
-@triton.jit(do_not_specialize=["length", "steps", "chunks", "rank", "lane"])
+@triton.jit(do_not_specialize=_GENERIC)
 def _backward_kernel(
     dy_ptr: tl.tensor, dlast_ptr: tl.tensor, saved_ptr: tl.tensor, states_ptr: tl.tensor, u_ptr: tl.tensor,
     delta_ptr: tl.tensor, A_ptr: tl.tensor, B_ptr: tl.tensor, C_ptr: tl.tensor, D_ptr: tl.tensor, bias_ptr: tl.tensor,
     proj_ptr: tl.tensor, initial_ptr: tl.tensor, reset_ptr: tl.tensor, routes_ptr: tl.tensor, du_ptr: tl.tensor,
     ddelta_ptr: tl.tensor, dA_ptr: tl.tensor, dB_ptr: tl.tensor, dC_ptr: tl.tensor, dD_ptr: tl.tensor,
     dbias_ptr: tl.tensor, dinitial_ptr: tl.tensor, length: tl.tensor, steps: tl.tensor, chunks: tl.tensor,
-    rank: tl.tensor, lane: tl.tensor, dy_b: tl.tensor, dy_k: tl.tensor, dy_d: tl.tensor, dy_l: tl.tensor,
-    u_b: tl.tensor, u_k: tl.tensor, u_d: tl.tensor, u_l: tl.tensor, delta_b: tl.tensor, delta_k: tl.tensor,
-    delta_r: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor, B_g: tl.tensor, B_n: tl.tensor,
-    B_l: tl.tensor,
-    B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor, C_n: tl.tensor, C_l: tl.tensor,
+    rank: tl.tensor, lane: tl.tensor, dy_b: tl.tensor, dy_k: tl.tensor, dy_l: tl.tensor, u_b: tl.tensor, u_k: tl.tensor,
+    u_l: tl.tensor, delta_b: tl.tensor, delta_k: tl.tensor, delta_l: tl.tensor, B_b: tl.tensor, B_k: tl.tensor,
+    B_g: tl.tensor, B_l: tl.tensor, B_per: tl.tensor, C_b: tl.tensor, C_k: tl.tensor, C_g: tl.tensor, C_l: tl.tensor,
     C_per: tl.tensor, reset_b: tl.tensor, reset_k: tl.tensor, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ROUTES: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr,
-    UNIFORM_C: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROUTES: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr, UNIFORM_B: tl.constexpr, UNIFORM_C: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     """The adjoint of a tile of channels along one route, for a block of states.
 
@@ -279,8 +310,8 @@ def _backward_kernel(
         dh = tl.load(dlast_ptr + sequence * STATES * DIM + states, mask=inside, other=0.0)
     skip = _skip(D_ptr, k * DIM + c, known & (n == 0), CHANNELS)
     dD, dbias = tl.zeros((CHANNELS,), tl.float32), tl.zeros((STEPS, CHANNELS), tl.float32)
-    B_row = _coefficients(B_ptr + batch * B_b + k * B_k + n * B_n, c, B_per, B_g, B_n, UNIFORM_B, BLOCK)
-    C_row = _coefficients(C_ptr + batch * C_b + k * C_k + n * C_n, c, C_per, C_g, C_n, UNIFORM_C, BLOCK)
+    B_row = _coefficients(B_ptr + batch * B_b + k * B_k + n, c, B_per, B_g, UNIFORM_B, BLOCK)
+    C_row = _coefficients(C_ptr + batch * C_b + k * C_k + n, c, C_per, C_g, UNIFORM_C, BLOCK)
     u_ptr += batch * u_b + k * u_k
     delta_ptr += batch * delta_b + k * delta_k
     dy_ptr += batch * dy_b + k * dy_k
@@ -296,8 +327,8 @@ def _backward_kernel(
             start = chunk * CHUNK + step_tile * STEPS
             s = start + tl.arange(0, STEPS)
             token = _token(routes_ptr, k, s, steps)
-            u = tl.load(u_ptr + token[:, None] * u_l + c[None, :] * u_d, mask=known[None, :], other=0.0)
-            dt = _raw_steps(delta_ptr, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, rank, DIM)
+            u = tl.load(u_ptr + token[:, None] * u_l + c[None, :], mask=known[None, :], other=0.0)
+            dt = _raw_steps(delta_ptr, delta_l, proj_ptr, bias_ptr, k, token, c, known, rank, DIM)
             dt = tl.where((s < steps)[:, None], softplus(dt) if SOFTPLUS else dt, 0.0)
             us, dts = _rows(u), _rows(dt)
             for i in tl.range(0, STEPS, disable_licm=True):
@@ -315,9 +346,9 @@ def _backward_kernel(
             s = start + tl.arange(0, STEPS)
             token = _token(routes_ptr, k, s, steps)
             written = (s < steps)[:, None] & known[None, :]
-            u = tl.load(u_ptr + token[:, None] * u_l + c[None, :] * u_d, mask=known[None, :], other=0.0)
-            dy = tl.load(dy_ptr + token[:, None] * dy_l + c[None, :] * dy_d, mask=written, other=0.0)
-            raw = _raw_steps(delta_ptr, delta_r, delta_l, proj_ptr, bias_ptr, k, token, c, known, rank, DIM)
+            u = tl.load(u_ptr + token[:, None] * u_l + c[None, :], mask=known[None, :], other=0.0)
+            dy = tl.load(dy_ptr + token[:, None] * dy_l + c[None, :], mask=written, other=0.0)
+            raw = _raw_steps(delta_ptr, delta_l, proj_ptr, bias_ptr, k, token, c, known, rank, DIM)
             dt = tl.where((s < steps)[:, None], softplus(raw) if SOFTPLUS else raw, 0.0)
             us, dts, dys = _rows(u), _rows(dt), _rows(dy)
             for i in tl.range(0, STEPS, disable_licm=True):
@@ -400,17 +431,17 @@ def _token(routes_ptr: tl.tensor, k: tl.tensor, s: tl.tensor, steps: tl.tensor) 
 
 @triton.jit
 def _raw_steps(
-    delta_ptr: tl.tensor, delta_r: tl.tensor, delta_l: tl.tensor, proj_ptr: tl.tensor, bias_ptr: tl.tensor,
+    delta_ptr: tl.tensor, delta_l: tl.tensor, proj_ptr: tl.tensor, bias_ptr: tl.tensor,
     k: tl.tensor, token: tl.tensor, c: tl.tensor, known: tl.tensor, rank: tl.tensor, DIM: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Step sizes before softplus of a tile of tokens and channels."""
     if proj_ptr is None:
-        place = token[:, None] * delta_l + c[None, :] * delta_r
+        place = token[:, None] * delta_l + c[None, :]
         raw = tl.load(delta_ptr + place, mask=known[None, :], other=0.0).to(tl.float32)
     else:
         raw = tl.zeros((token.shape[0], c.shape[0]), tl.float32)
-        for r in tl.range(0, rank, disable_licm=True, loop_unroll_factor=1):
-            low = tl.load(delta_ptr + token * delta_l + r * delta_r).to(tl.float32)
+        for r in range(rank):
+            low = tl.load(delta_ptr + token * delta_l + r).to(tl.float32)
             weight = tl.load(proj_ptr + (k * rank + r) * DIM + c, mask=known, other=0.0)
             raw += low[:, None] * weight[None, :]
     if bias_ptr is not None:
@@ -420,15 +451,14 @@ def _raw_steps(
 
 @triton.jit
 def _coefficients(
-    row_ptr: tl.tensor, c: tl.tensor, per: tl.tensor, stride_g: tl.tensor, stride_n: tl.tensor, UNIFORM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    row_ptr: tl.tensor, c: tl.tensor, per: tl.tensor, stride_g: tl.tensor, UNIFORM: tl.constexpr, BLOCK: tl.constexpr
 ) -> Any:  # fmt: skip
     """Pointers to a block of states of B or C: (n,) if the channels share a group, else (n, d)."""
     n = tl.arange(0, BLOCK)
     if UNIFORM:
-        return row_ptr + tl.min(c) // per * stride_g + n * stride_n
+        return row_ptr + tl.min(c) // per * stride_g + n
     else:
-        return row_ptr + (c // per * stride_g)[None, :] + (n * stride_n)[:, None]
+        return row_ptr + (c // per * stride_g)[None, :] + n[:, None]
 
 
 @triton.jit
@@ -535,10 +565,10 @@ def variants(dtype: torch.dtype, lanes: int) -> list[Variant]:
         u, delta, B = (empty(b, i, length, c, dtype=dtype).transpose(-1, -2) for i, c in ((1, d), (k, r or d), (k, n)))
         A, D, proj, start = empty(k, d, n), empty(k, d), empty(k, d, r) if r else None, None
         routes, reset = empty(k, length, dtype=torch.int64) if k > 1 else None, None
-        y, last = empty(b, 1, length, d).transpose(-1, -2), empty(b, k, n, d).transpose(-1, -2)
+        y, last = empty(b, 1, length, d).mT, empty(b, k, n, d).mT
         saved = empty(b, k, triton.cdiv(length, CHUNK), n, d)
         tensors = (u, delta, A, B.unsqueeze(2), B.unsqueeze(2), D, D, proj, start, reset, routes)
-        ahead = _forward_launch(*tensors, True, (y, last, saved), lanes)
+        ahead = _forward_launch(*tensors, True, (_allocate_output(y, u, A, lanes), last, saved), lanes)
         grads = _allocate_grads(u, A, B.unsqueeze(2), B.unsqueeze(2), lanes)
         back = _backward_launch(y, last, saved, *tensors, True, grads, lanes)
         bulk = ("u_ptr",) if r else ("u_ptr", "delta_ptr")

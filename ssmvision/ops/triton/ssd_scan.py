@@ -296,12 +296,11 @@ def _states_kernel(
             there = t <= end
             coarse = tl.load(coarse_ptr + t, mask=there, other=0.0)
             fine = tl.load(fine_ptr + t, mask=there, other=0.0)
-            if BACKWARD:
-                weight = tl.exp2(coarse + fine)
-            else:
-                weight = tl.exp2((coarse_end - coarse) + (fine_end - fine))
+            exponent = coarse + fine if BACKWARD else (coarse_end - coarse) + (fine_end - fine)
+            weight = tl.exp2(tl.where(there, exponent, -float("inf")))
+            if not BACKWARD:
                 weight *= tl.load(sizes_ptr + t, mask=there, other=0.0)
-            counts = (there & (weight != 0))[:, None]
+            counts = (weight != 0)[:, None]
             v = tl.load(v_ptr + t[:, None] * v_l, mask=counts & (jn < n)[None, :], other=0.0)
             z = tl.load(z_ptr + t[:, None] * z_l, mask=counts & (jp < p)[None, :], other=0.0)
             weighted = tl.trans((v.to(tl.float32) * weight[:, None]).to(PRODUCT))
@@ -352,10 +351,10 @@ def _attend_kernel(
         state_place = (base + jm)[:, None] * state_m + jo[None, :] * state_o
         state = tl.load(states_ptr + state_place, mask=known[:, None] & (jo < o)[None, :], other=0.0)
         out = tl.dot(u.to(PRODUCT), state.to(PRODUCT), out, input_precision="ieee")
+    exponent = coarse_i + fine_i
     if LATER:
-        kept = tl.exp2((tl.load(coarse_ptr + end - 1) - coarse_i) + (tl.load(fine_ptr + end - 1) - fine_i))
-    else:
-        kept = tl.exp2(coarse_i + fine_i)
+        exponent = (tl.load(coarse_ptr + end - 1) - coarse_i) + (tl.load(fine_ptr + end - 1) - fine_i)
+    kept = tl.exp2(tl.where(there, exponent, -float("inf")))
     out = tl.where((kept == 0)[:, None], 0.0, kept[:, None] * out)
     if partner_ptr is not None:
         partner_ptr += batch * partner_b + head // partner_shared * partner_h
@@ -375,12 +374,12 @@ def _attend_kernel(
         coarse_j = tl.load(coarse_ptr + j, mask=present, other=0.0)
         fine_j = tl.load(fine_ptr + j, mask=present, other=0.0)
         if LATER:
-            exponent = (coarse_j[None, :] - coarse_i[:, None]) + (fine_j[None, :] - fine_i[:, None])
+            exponents = (coarse_j[None, :] - coarse_i[:, None]) + (fine_j[None, :] - fine_i[:, None])
             linked = (j[None, :] >= i[:, None]) & present[None, :]
-            scores *= tl.exp2(tl.where(linked, exponent, -float("inf")))
+            scores *= tl.exp2(tl.where(linked, exponents, -float("inf")))
         else:
-            exponent = (coarse_i[:, None] - coarse_j[None, :]) + (fine_i[:, None] - fine_j[None, :])
-            scores *= tl.exp2(tl.where((j[None, :] <= i[:, None]) & there[:, None], exponent, -float("inf")))
+            exponents = (coarse_i[:, None] - coarse_j[None, :]) + (fine_i[:, None] - fine_j[None, :])
+            scores *= tl.exp2(tl.where((j[None, :] <= i[:, None]) & there[:, None], exponents, -float("inf")))
             scores *= tl.load(sizes_ptr + j, mask=present, other=0.0)[None, :]
         z = tl.load(z_ptr + j[:, None] * z_l, mask=present[:, None] & (jo < o)[None, :], other=0.0)
         out = tl.dot(scores.to(PRODUCT), z.to(PRODUCT), out, input_precision="ieee")
