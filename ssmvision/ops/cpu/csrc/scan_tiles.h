@@ -131,6 +131,16 @@ inline void softplus_tile(vf* x, vf* e, int count) {
   for (int t = 0; t < count; t += LOCKSTEP) softplus<LOCKSTEP>(x + t, e + t, x + t);
 }
 
+// The same, and slope = 1 / (1 + exp(-x)) of the old x.
+inline void softplus_tile(vf* x, vf* slope, vf* e, int count) {
+  for (int t = 0; t < count; t += LOCKSTEP) {
+    vf raw[LOCKSTEP];
+    for (int i = 0; i < LOCKSTEP; ++i) raw[i] = x[t + i];
+    softplus<LOCKSTEP>(x + t, e + t, raw);
+    for (int i = 0; i < LOCKSTEP; ++i) slope[t + i] = sigmoid(raw[i], e[t + i]);
+  }
+}
+
 inline float largest_magnitude(const vf* x, int count) {
   vf largest{};
   for (int t = 0; t < count; ++t) largest = vmax(largest, (vf)((vi)x[t] & INT32_MAX));

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -153,4 +154,16 @@ static inline void transpose(vf r[LANES]) {
     }
     for (int i = 0; i < LANES; ++i) r[i] = out[i];
   }
+}
+
+template <int... I>
+static inline vf sum_pairs(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+// Lane i of the result is the sum of the lanes of r[i], which is overwritten.
+static inline vf sum_lanes(vf r[LANES]) {
+  for (int rows = LANES; rows > 1; rows /= 2)
+    for (int i = 0; i < rows / 2; ++i) r[i] = sum_pairs(r[2 * i], r[2 * i + 1], std::make_integer_sequence<int, LANES>());
+  return r[0];
 }
