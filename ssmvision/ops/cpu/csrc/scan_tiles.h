@@ -105,8 +105,8 @@ struct Delta {
       for (int t = 0; t < steps.count; ++t) rows[size_t(t * s.rank + r)] = p[r * s.delta.c + steps.token[t] * s.delta.l];
   }
   // delta + bias, before softplus, of channels d .. d + width.
-  void load(vf* raw, const Steps& steps, int64_t d, int width) const {
-    if (!s.projection) load_tile(raw, s.delta.at(ib, ik) + d * s.delta.c, s.delta.c, s.delta.l, steps, width);
+  void load(vf* raw, const Steps& steps, int64_t d, int width, const Ahead& ahead) const {
+    if (!s.projection) load_tile(raw, s.delta.at(ib, ik) + d * s.delta.c, s.delta.c, s.delta.l, steps, width, ahead);
     for (int c = 0; c < width; c += LANES, raw += ROOM) {
       const vf bias = s.bias ? load_part(s.bias + ik * s.channels + d + c, std::min(LANES, width - c)) : vf{};
       if (s.projection) project(raw, steps, bias, &weight[size_t(d + c - d0)]);
@@ -126,18 +126,19 @@ struct Delta {
   }
 };
 
-// e = exp(-|x|) and x = log(1 + exp(x)).
-inline void softplus_tile(vf* x, vf* e, int count) {
-  for (int t = 0; t < count; t += LOCKSTEP) softplus<LOCKSTEP>(x + t, e + t, x + t);
+// x = log(1 + exp(x)).
+inline void softplus_tile(vf* x, int count) {
+  vf e[LOCKSTEP];
+  for (int t = 0; t < count; t += LOCKSTEP) softplus<LOCKSTEP>(x + t, e, x + t);
 }
 
-// The same, and slope = 1 / (1 + exp(-x)) of the old x.
-inline void softplus_tile(vf* x, vf* slope, vf* e, int count) {
+// x = log(1 + exp(x)), and slope = 1 / (1 + exp(-x)) of the old x.
+inline void softplus_tile(vf* x, vf* slope, int count) {
   for (int t = 0; t < count; t += LOCKSTEP) {
-    vf raw[LOCKSTEP];
+    vf raw[LOCKSTEP], e[LOCKSTEP];
     for (int i = 0; i < LOCKSTEP; ++i) raw[i] = x[t + i];
-    softplus<LOCKSTEP>(x + t, e + t, raw);
-    for (int i = 0; i < LOCKSTEP; ++i) slope[t + i] = sigmoid(raw[i], e[t + i]);
+    softplus<LOCKSTEP>(x + t, e, raw);
+    for (int i = 0; i < LOCKSTEP; ++i) slope[t + i] = sigmoid(raw[i], e[i]);
   }
 }
 

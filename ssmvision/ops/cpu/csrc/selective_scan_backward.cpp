@@ -5,160 +5,215 @@
 namespace ssmvision {
 namespace {
 
-// What goes through a chunk together: NS states of NV vectors of channels share the loads of dt, x and dy, of B and C, and
-// the sums that they add to.
+// What goes through a chunk together: two states of two vectors of channels share the loads of dt, x and dy, of B and C, and
+// the sums that they add to. Stores are dear in this loop: a core that writes a whole vector takes two cycles for it, in
+// which it starts next to no multiplication.
 constexpr int STATES = 2, VECTORS = 2;
 
-// Gradients of B or C: one vector per [n][t], summed over channel blocks; lanes are added up once per chunk and group.
-struct CoefficientGrad {
-  float* base;  // (g, l, n) of this slice, sample and route
-  int64_t states, tokens, per_group, group = -1;
-  bool shared;
-  std::vector<vf> sums;
+// Gradients of B and C where all lanes of a channel block belong to one group of each. Four lanes apart are added up as
+// soon as they are known, so that the sums of two states and of both gradients share one vector per step, in L1.
+struct SharedGrad {
+  const ScanGrad& s;
+  float *const dB, *const dC;  // (g, l, n) of this slice, sample and route
+  const int64_t per_group_B, per_group_C;
+  int64_t group_B = -1, group_C = -1;
+  std::vector<vf> sums;  // [n / STATES][t]
 
-  CoefficientGrad(float* partial, const GroupedView& v, const Scan& s, int64_t slice, int64_t ib, int64_t ik, bool shared_)
-      : base(partial + ((slice * s.batch + ib) * s.routes + ik) * v.groups * s.tokens * s.states),
-        states(s.states), tokens(s.tokens), per_group(s.channels / v.groups), shared(shared_),
-        sums(size_t(ROOM * states)) {}
+  SharedGrad(const ScanGrad& scan, int64_t slice, int64_t ib, int64_t ik)
+      : s(scan), dB(scan.dB + ((slice * s.batch + ib) * s.routes + ik) * s.B.groups * s.tokens * s.states),
+        dC(scan.dC + ((slice * s.batch + ib) * s.routes + ik) * s.C.groups * s.tokens * s.states),
+        per_group_B(s.channels / s.B.groups), per_group_C(s.channels / s.C.groups),
+        sums(size_t((s.states + 1) / STATES * ROOM)) {}
 
-  vf* at(int64_t n) { return &sums[size_t(n * ROOM)]; }
-  void enter(const Steps& s, int64_t d) {
-    if (shared && group == d / per_group) return;
-    flush(s);
-    group = d / per_group;
+  bool together(int64_t d, int64_t end) const {
+    return d / per_group_B == (end - 1) / per_group_B && d / per_group_C == (end - 1) / per_group_C;
   }
-  // Channels of one vector that belong to different groups.
-  void leave(const Steps& s, int64_t d, int width) {
-    if (shared) return;
-    for (int64_t n = 0; n < states; ++n)
-      for (int t = 0; t < s.count; ++t) {
-        vf& sum = at(n)[t];
-        for (int i = 0; i < width; ++i) base[((d + i) / per_group * tokens + s.token[t]) * states + n] += sum[i];
+  void enter(const Steps& steps, int64_t d, int) {
+    if (group_B == d / per_group_B && group_C == d / per_group_C) return;
+    flush(steps);
+    group_B = d / per_group_B;
+    group_C = d / per_group_C;
+  }
+  template <int NS>
+  [[gnu::always_inline]] void add(const Steps&, int64_t n, int t, const vf* b, const vf* c) {
+    vf& sum = sums.data()[n / STATES * ROOM + t];
+    sum += NS == 1 ? sum_fours(b[0], c[0], vf{}, vf{}) : sum_fours(b[0], c[0], b[NS - 1], c[NS - 1]);
+  }
+  void flush(const Steps& steps) {
+    if (group_B < 0) return;
+    for (int t = 0; t < steps.count; ++t) {
+      float* const b = dB + (group_B * s.tokens + steps.token[t]) * s.states;
+      float* const c = dC + (group_C * s.tokens + steps.token[t]) * s.states;
+      for (int64_t n = 0; n < s.states; n += STATES) {
+        vf& sum = sums[size_t(n / STATES * ROOM + t)];
+        float total[4] = {};
+        for (int i = 0; i < LANES; ++i) total[i % 4] += sum[i];
         sum = vf{};
+        for (int i = 0; i < STATES && n + i < s.states; ++i) {
+          b[n + i] += total[2 * i];
+          c[n + i] += total[2 * i + 1];
+        }
       }
-    group = -1;
-  }
-  void flush(const Steps& s) {
-    if (group < 0) return;
-    float* const out = base + group * tokens * states;
-    int t = 0;
-    int64_t n = 0;
-    for (int64_t cell = 0; cell < s.count * states; cell += LANES) {  // LANES cells at a time: no horizontal sums
-      vf block[LANES] = {};
-      float* to[LANES];
-      int cells = 0;
-      for (; cells < LANES && t < s.count; ++cells) {
-        to[cells] = out + s.token[t] * states + n;
-        block[cells] = at(n)[t];
-        at(n)[t] = vf{};
-        if (++n == states) n = 0, ++t;
-      }
-      const vf total = sum_lanes(block);
-      for (int i = 0; i < cells; ++i) *to[i] += total[i];
     }
-    group = -1;
+    group_B = -1;
   }
 };
 
-// What VECTORS vectors of channels of one chunk read and accumulate, in tiles.
+// The same where the lanes of a channel block belong to different groups.
+struct LaneGrad {
+  const ScanGrad& s;
+  float *const dB, *const dC;  // (g, l, n) of this slice, sample and route
+  int64_t first = 0;
+  int width = 0;
+
+  LaneGrad(const ScanGrad& scan, int64_t slice, int64_t ib, int64_t ik)
+      : s(scan), dB(scan.dB + ((slice * s.batch + ib) * s.routes + ik) * s.B.groups * s.tokens * s.states),
+        dC(scan.dC + ((slice * s.batch + ib) * s.routes + ik) * s.C.groups * s.tokens * s.states) {}
+
+  bool together(int64_t, int64_t) const { return false; }
+  void enter(const Steps&, int64_t d, int width_) {
+    first = d;
+    width = width_;
+  }
+  template <int NS>
+  void add(const Steps& steps, int64_t n, int t, const vf* b, const vf* c) {
+    for (int i = 0; i < NS; ++i)
+      for (int lane = 0; lane < width; ++lane) {
+        const auto at = [&](const GroupedView& v) {
+          return ((first + lane) / (s.channels / v.groups) * s.tokens + steps.token[t]) * s.states + n + i;
+        };
+        dB[at(s.B)] += b[i][lane];
+        dC[at(s.C)] += c[i][lane];
+      }
+  }
+  void flush(const Steps&) {}
+};
+
+// What one block of channels of one chunk reads and accumulates, in tiles.
 struct BlockGrad {
   vf dt[VECTORS * ROOM], u[VECTORS * ROOM], dy[VECTORS * ROOM];
-  vf slope[VECTORS * ROOM];  // of softplus, at delta
+  vf slope[VECTORS * ROOM];  // of softplus
   vf x[VECTORS * ROOM];      // dt * u
   vf ddt[VECTORS * ROOM];    // through the decay
   vf db[VECTORS * ROOM];     // sum over states of dh * B: the gradient of x
 };
 
-// The states of NS states are recomputed forward, then the recurrence of the gradients runs backward. h enters as the
-// state before the chunk; dh enters as the gradient of the state after it and leaves as that of the state before.
-template <int NS, int NV, class Coefficient>
-static void retreat(BlockGrad& g, const int v0, const vf* h, vf* dh, vf* da, const vf* a,
-                    const vf* a2, const Coefficient* B,
-                    const Coefficient* C, vf* dB, vf* dC, int64_t states, const Steps& steps, bool bounded) {
-  constexpr int N = NS * NV;  // [i][j]
-  const vf *dts = g.dt + v0 * ROOM, *xs = g.x + v0 * ROOM, *dys = g.dy + v0 * ROOM;
-  vf *ddts = g.ddt + v0 * ROOM, *dbs = g.db + v0 * ROOM;
-  vf state[CHUNK + 1][N], decay[CHUNK][N], grad_a[N], grad[N];
-  if (!bounded) {
-    for (int t = 0; t < steps.count; ++t)
-      for (int i = 0; i < N; ++i) decay[t][i] = exp2v(dts[i % NV * ROOM + t] * a2[i]);
+// State k of the arrays below is state k / NV of vector k % NV.
+template <int N>
+struct History {
+  vf decay[CHUNK][N], state[CHUNK + 1][N];
+};
+
+// The states after every step, from the one before the chunk; decay(t, e) computes the decays of step t.
+template <int NS, int NV, class Decay, class Coefficient>
+[[gnu::always_inline]] static inline void recompute(History<NS * NV>& past, const Decay& decay, const vf* x,
+                                                    const Coefficient* B, int64_t states, const Steps& steps) {
+  constexpr int N = NS * NV;
+  vf h[N];
+  for (int k = 0; k < N; ++k) h[k] = past.state[0][k];
+  for (int t = 0; t < steps.count; ++t, B += states) {
+    vf e[N];
+    decay(t, e);
+    if (__builtin_expect(steps.reset[t], 0))
+      for (int k = 0; k < N; ++k) e[k] = h[k] = vf{};
+    for (int k = 0; k < N; ++k) h[k] = e[k] * h[k] + x[k % NV * ROOM + t] * lanes(B[k / NV]);
+    for (int k = 0; k < N; ++k) {
+      past.decay[t][k] = e[k];
+      past.state[t + 1][k] = h[k];
+    }
   }
-  {
-    vf s[N];
-    for (int i = 0; i < N; ++i) state[0][i] = s[i] = h[i];
-    const auto run=[&](auto && dec){
-    for (int t = 0; t < steps.count; ++t, B += states) {
-      vf e[N], x[NV];
-      for (int j = 0; j < NV; ++j) x[j] = xs[j * ROOM + t];
-      dec(t,e);
-      if (__builtin_expect(steps.reset[t], 0))
-        for (int i = 0; i < N; ++i) e[i] = s[i] = vf{};
-      for (int i = 0; i < N; ++i) s[i] = e[i] * s[i] + x[i % NV] * lanes(B[i / NV]);
-      for (int i = 0; i < N; ++i) decay[t][i] = e[i], state[t + 1][i] = s[i];
-    }};
-    if (bounded) run([&](int t,vf* e){
-        vf d[N];
-        for (int i = 0; i < N; ++i) d[i] = dts[i % NV * ROOM + t];
-        exp2_products<N>(e, d, a2);
-    }); else run([&](int t,vf* e){
-        for (int i = 0; i < N; ++i) e[i] = decay[t][i];
-    });
+}
+
+// The recurrence of the gradients, backward through a chunk. dh enters as the gradient of the state after the chunk and
+// leaves as that of the state before it; da is added to.
+template <int NS, int NV, class Coefficient, class Gradients>
+static void retreat(const History<NS * NV>& past, BlockGrad& g, int first, vf* dh, vf* da, const vf* a,
+                    const Coefficient* B, const Coefficient* C, int64_t states, Gradients& gradients, int64_t n,
+                    const Steps& steps) {
+  constexpr int N = NS * NV;
+  vf grad[N], grad_a[N];
+  for (int k = 0; k < N; ++k) {
+    grad[k] = dh[k];
+    grad_a[k] = da[k];
   }
-  for (int i = 0; i < N; ++i) {
-    grad_a[i] = da[i];
-    grad[i] = dh[i];
-  }
+  B += steps.count * states;
   C += steps.count * states;
   for (int t = steps.count - 1; t >= 0; --t) {
     B -= states;
     C -= states;
-    vf ddt[NV], db[NV];
-    for (int j = 0; j < NV; ++j) ddt[j] = ddts[j * ROOM + t], db[j] = dbs[j * ROOM + t];
-    for (int i = 0; i < NS; ++i) {
-      vf sum_b = dB[i * ROOM + t], sum_c = dC[i * ROOM + t];
-      for (int j = 0; j < NV; ++j) {
-        const int k = i * NV + j;
-        const vf dy = dys[j * ROOM + t], dt = dts[j * ROOM + t], x = xs[j * ROOM + t];
-        const vf dstate = grad[k] + dy * lanes(C[i]);
-        sum_c += dy * state[t + 1][k];
-        sum_b += dstate * x;
-        grad[k] = dstate * decay[t][k];
-        const vf ddecay = grad[k] * state[t][k];  // d loss / d (dt * A)
-        grad_a[k] += ddecay * dt;
-        ddt[j] += ddecay * a[k];
-        db[j] += dstate * lanes(B[i]);
-      }
-      dB[i * ROOM + t] = sum_b;
-      dC[i * ROOM + t] = sum_c;
+    const int at = first * ROOM + t;
+    vf dB[NS] = {}, dC[NS] = {}, ddt[NV], db[NV];
+    for (int j = 0; j < NV; ++j) {
+      ddt[j] = g.ddt[at + j * ROOM];
+      db[j] = g.db[at + j * ROOM];
     }
-    for (int j = 0; j < NV; ++j) ddts[j * ROOM + t] = ddt[j], dbs[j * ROOM + t] = db[j];
+    for (int k = 0; k < N; ++k) {
+      const int i = k / NV, j = k % NV, tile = at + j * ROOM;
+      const vf dstate = grad[k] + g.dy[tile] * lanes(C[i]);
+      dC[i] += g.dy[tile] * past.state[t + 1][k];
+      dB[i] += g.x[tile] * dstate;
+      grad[k] = dstate * past.decay[t][k];
+      const vf ddecay = grad[k] * past.state[t][k];  // d loss / d (dt * A)
+      grad_a[k] += ddecay * g.dt[tile];
+      ddt[j] += ddecay * a[k];
+      db[j] += dstate * lanes(B[i]);
+    }
+    gradients.template add<NS>(steps, n, t, dB, dC);
+    for (int j = 0; j < NV; ++j) {
+      g.ddt[at + j * ROOM] = ddt[j];
+      g.db[at + j * ROOM] = db[j];
+    }
   }
-  for (int i = 0; i < N; ++i) {
-    da[i] = grad_a[i];
-    dh[i] = grad[i];
+  for (int k = 0; k < N; ++k) {
+    dh[k] = grad[k];
+    da[k] = grad_a[k];
   }
 }
 
-template <int NS, int NV, class Coefficients>
-static void retreat_states(BlockGrad& g, int v0, const float* saved, float* dstate, float* dA, int64_t stride, const float* A,
-                           int64_t stride_a, const Coefficients& B, const Coefficients& C, CoefficientGrad& dB,
-                           CoefficientGrad& dC, int64_t n, const Steps& steps, int width, bool bounded) {
+// States n .. n + NS of vectors first .. first + NV of the block through one chunk. `saved`, `dstate` and `dA` are (n, d)
+// with row length `stride`, at the first of these channels.
+template <int NS, int NV, class Coefficients, class Gradients>
+static void retreat_states(BlockGrad& g, int first, const float* saved, float* dstate, float* dA, int64_t stride,
+                           const float* A, int64_t stride_a, const Coefficients& B, const Coefficients& C,
+                           Gradients& gradients, int64_t n, const Steps& steps, int width, bool bounded) {
   constexpr int N = NS * NV;
-  vf h[N], dh[N], da[N], a[N], a2[N];
-  for (int i = 0; i < N; ++i) {
-    const int64_t at = (n + i / NV) * stride + i % NV * LANES;
-    h[i] = load_part(saved + at, width);
-    dh[i] = load_part(dstate + at, width);
-    da[i] = load_part(dA + at, width);
-    a[i] = load(A + (n + i / NV) * stride_a + i % NV * LANES);
-    a2[i] = splat(LOG2E) * a[i];
+  History<N> past;
+  vf dh[N], da[N], a[N], a2[N];
+  const auto at = [&](int k) { return (n + k / NV) * stride + k % NV * LANES; };
+  for (int k = 0; k < N; ++k) {
+    past.state[0][k] = load_part(saved + at(k), width);
+    dh[k] = load_part(dstate + at(k), width);
+    da[k] = load_part(dA + at(k), width);
+    a[k] = load(A + (n + k / NV) * stride_a + k % NV * LANES);
+    a2[k] = splat(LOG2E) * a[k];
   }
-  retreat<NS, NV>(g, v0, h, dh, da, a, a2, B.at(0, n), C.at(0, n), dB.at(n), dC.at(n), B.states, steps, bounded);
-  for (int i = 0; i < N; ++i) {
-    const int64_t at = (n + i / NV) * stride + i % NV * LANES;
-    store_part(dstate + at, dh[i], width);
-    store_part(dA + at, da[i], width);
+  const vf *dt = g.dt + first * ROOM, *x = g.x + first * ROOM;
+  if (bounded) {
+    recompute<NS, NV>(past, [&](int t, vf* e) {
+      vf step[N];
+      for (int k = 0; k < N; ++k) step[k] = dt[k % NV * ROOM + t];
+      exp2_products<N>(e, step, a2);
+    }, x, B.at(0, n), B.states, steps);
+  } else {
+    recompute<NS, NV>(past, [&](int t, vf* e) {
+      for (int k = 0; k < N; ++k) e[k] = exp2v(dt[k % NV * ROOM + t] * a2[k]);
+    }, x, B.at(0, n), B.states, steps);
   }
+  retreat<NS, NV>(past, g, first, dh, da, a, B.at(0, n), C.at(0, n), B.states, gradients, n, steps);
+  for (int k = 0; k < N; ++k) {
+    store_part(dstate + at(k), dh[k], width);
+    store_part(dA + at(k), da[k], width);
+  }
+}
+
+// What is known before the states go through: dt, the slope of softplus, dt * u. Returns the largest |dt|.
+static float begin(BlockGrad& g, int v, bool softplus, int count) {
+  if (softplus) softplus_tile(g.dt + v * ROOM, g.slope + v * ROOM, count);
+  for (int t = v * ROOM; t < v * ROOM + count; ++t) {
+    g.x[t] = g.dt[t] * g.u[t];
+    g.ddt[t] = g.db[t] = vf{};
+  }
+  return largest_magnitude(g.dt + v * ROOM, count);
 }
 
 // The gradients of u (in u's place) and of delta before softplus (in dt's place) once all states have been through. Also
@@ -175,7 +230,7 @@ static void finish(BlockGrad& g, int v, bool softplus, vf skip, vf& dskip, vf& d
   }
 }
 
-template <class Coefficients>
+template <class Coefficients, class Gradients>
 static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t slice_index, int64_t d0, int64_t d1) {
   const int64_t chunks = (s.steps + CHUNK - 1) / CHUNK, plane = s.states * s.channels, slice = whole_vectors(d1 - d0);
   const int64_t bk = ib * s.routes + ik;
@@ -190,12 +245,11 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
   const float* const u = s.u.at(ib, s.shared_u ? 0 : ik);
   const float* const dy = s.dy.at(ib, s.merge ? 0 : ik);
   float* const du = s.du.at(ib, s.shared_u ? 0 : ik);
-  const bool shared = lanes_share_groups(s);
+  float* const ddelta = s.ddelta.at(ib, ik);
   Coefficients B(s.B, s, ib, ik), C(s.C, s, ib, ik);
-  CoefficientGrad dB(s.dB, s.B, s, slice_index, ib, ik, shared), dC(s.dC, s.C, s, slice_index, ib, ik, shared);
+  Gradients gradients(s, slice_index, ib, ik);
   Delta delta(s, ib, ik, d0, d1);
   BlockGrad g{};
-  vf e[ROOM];
 
   for (int64_t n = 0; n < s.states; ++n)
     for (int64_t d = d0; d < d1; ++d) {
@@ -206,64 +260,51 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
     if (s.dD) s.dD[bk * s.channels + d] = 0.f;
     if (s.dbias) s.dbias[bk * s.channels + d] = 0.f;
   }
+  // Vectors v .. v + NV of a block, whose first channel is d.
+  const auto through = [&]<int NV>(const Steps& steps, int64_t chunk, int64_t d, int v, int width, bool bounded) {
+    B.load(steps, d, width);
+    C.load(steps, d, width);
+    gradients.enter(steps, d, width);
+    const float *a = &A[size_t(d - d0)], *h = saved + chunk * plane + d;
+    int64_t n = 0;
+    for (; n + STATES <= s.states; n += STATES)
+      retreat_states<STATES, NV>(g, v, h, dstate + d, dA + d, s.channels, a, slice, B, C, gradients, n, steps, width, bounded);
+    for (; n < s.states; ++n)
+      retreat_states<1, NV>(g, v, h, dstate + d, dA + d, s.channels, a, slice, B, C, gradients, n, steps, width, bounded);
+  };
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-    const Steps steps(order, s.steps, chunk, flags);
+    const Steps steps(order, s.steps, chunk, flags), later(order, s.steps, std::max<int64_t>(chunk - 1, 0), flags);
     B.next_chunk();
     C.next_chunk();
     delta.next_chunk(steps);
     for (int64_t block = d0; block < d1; block += VECTORS * LANES) {
       const int64_t end = std::min(d1, block + VECTORS * LANES);
-      load_tile(g.u, u + block * s.u.c, s.u.c, s.u.l, steps, int(end - block));
-      load_tile(g.dy, dy + block * s.dy.c, s.dy.c, s.dy.l, steps, int(end - block));
-      delta.load(g.dt, steps, block, int(end - block));
-      const int vectors = int(end - block + LANES - 1) / LANES;
+      const int width = int(end - block), vectors = (width + LANES - 1) / LANES;
+      const Ahead ahead = end < d1 ? Ahead{steps, end - block} : Ahead{later, d0 - block};
+      load_tile(g.u, u + block * s.u.c, s.u.c, s.u.l, steps, width, ahead);
+      load_tile(g.dy, dy + block * s.dy.c, s.dy.c, s.dy.l, steps, width, ahead);
+      delta.load(g.dt, steps, block, width, ahead);
       float largest = 0.f;
-      for (int v = 0; v < vectors; ++v) {
-        if (s.softplus) softplus_tile(g.dt + v * ROOM, g.slope + v * ROOM, e, steps.count);
-        largest = std::max(largest, largest_magnitude(g.dt + v * ROOM, steps.count));
-        for (int t = v * ROOM; t < v * ROOM + steps.count; ++t) {
-          g.x[t] = g.dt[t] * g.u[t];
-          g.ddt[t] = g.db[t] = vf{};
-        }
-      }
+      for (int v = 0; v < vectors; ++v) largest = std::max(largest, begin(g, v, s.softplus, steps.count));
       const bool bounded = largest * steepest * LOG2E <= 126.f;  // false if NaN
-      const auto through = [&]<int NV>(int v) {
-        const int64_t d = block + v * LANES;
-        const int width = int(std::min<int64_t>(LANES, end - d));
-        B.load(steps, d, width);
-        C.load(steps, d, width);
-        dB.enter(steps, d);
-        dC.enter(steps, d);
-        const float* a = &A[size_t(d - d0)];
-        const float* h = saved + chunk * plane + d;
-        int64_t n = 0;
-        for (; n + STATES <= s.states; n += STATES)
-          retreat_states<STATES, NV>(g, v, h, dstate + d, dA + d, s.channels, a, slice, B, C, dB, dC, n, steps, width, bounded);
-        for (; n < s.states; ++n)
-          retreat_states<1, NV>(g, v, h, dstate + d, dA + d, s.channels, a, slice, B, C, dB, dC, n, steps, width, bounded);
-        dB.leave(steps, d, width);
-        dC.leave(steps, d, width);
-      };
-      if (shared && end - block == VECTORS * LANES && block / dB.per_group == (end - 1) / dB.per_group && block / dC.per_group == (end - 1) / dC.per_group)
-        through.template operator()<VECTORS>(0);
-      else
-        for (int v = 0; v < vectors; ++v) through.template operator()<1>(v);
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t d = block + v * LANES;
-        const int width = int(std::min<int64_t>(LANES, end - d));
-        const int64_t channel = bk * s.channels + d;
-        const vf skip = s.D ? load_part(s.D + ik * s.channels + d, width) : vf{};
-        vf dskip, dbias;
-        finish(g, v, s.softplus, skip, dskip, dbias, steps.count);
-        if (s.dD) store_part(s.dD + channel, load_part(s.dD + channel, width) + dskip, width);
-        if (s.dbias) store_part(s.dbias + channel, load_part(s.dbias + channel, width) + dbias, width);
+      if (width == VECTORS * LANES && gradients.together(block, end)) {
+        through.template operator()<VECTORS>(steps, chunk, block, 0, LANES, bounded);
+      } else {
+        for (int v = 0; v < vectors; ++v)
+          through.template operator()<1>(steps, chunk, block + v * LANES, v, std::min(LANES, width - v * LANES), bounded);
       }
-      const int width = int(end - block);
-      store_tile(g.u, du + block * s.du.c, s.du.c, s.du.l, steps, width, s.shared_u && ik > 0);
-      store_tile(g.dt, s.ddelta.at(ib, ik) + block * s.ddelta.c, s.ddelta.c, s.ddelta.l, steps, width, false);
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t d = ik * s.channels + block + v * LANES, bd = ib * s.routes * s.channels + d;
+        const int part = std::min(LANES, width - v * LANES);
+        vf dskip, dbias;
+        finish(g, v, s.softplus, s.D ? load_part(s.D + d, part) : vf{}, dskip, dbias, steps.count);
+        if (s.dD) store_part(s.dD + bd, load_part(s.dD + bd, part) + dskip, part);
+        if (s.dbias) store_part(s.dbias + bd, load_part(s.dbias + bd, part) + dbias, part);
+      }
+      store_tile(g.u, du + block * s.du.c, s.du.c, s.du.l, steps, width, s.shared_u && ik > 0, ahead);
+      store_tile(g.dt, ddelta + block * s.ddelta.c, s.ddelta.c, s.ddelta.l, steps, width, false, ahead);
     }
-    dB.flush(steps);
-    dC.flush(steps);
+    gradients.flush(steps);
   }
 }
 
@@ -271,8 +312,8 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
 
 void scan_backward(const ScanGrad& s, int64_t ib, int64_t slice, int64_t d0, int64_t d1) {
   for (int64_t ik = 0; ik < s.routes; ++ik) {
-    if (lanes_share_groups(s)) backward_route<SharedCoefficients>(s, ib, ik, slice, d0, d1);
-    else backward_route<LaneCoefficients>(s, ib, ik, slice, d0, d1);
+    if (lanes_share_groups(s)) backward_route<SharedCoefficients, SharedGrad>(s, ib, ik, slice, d0, d1);
+    else backward_route<LaneCoefficients, LaneGrad>(s, ib, ik, slice, d0, d1);
   }
 }
 

@@ -156,14 +156,17 @@ static inline void transpose(vf r[LANES]) {
   }
 }
 
+// Lane q of every four lanes of the result is the sum of those four lanes of the q-th argument.
 template <int... I>
-static inline vf sum_pairs(vf a, vf b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+static inline vf sum_fours(vf a, vf b, vf c, vf d, std::integer_sequence<int, I...>) {
+  const auto halves = [](vf x, vf y) {  // x0 + x2, y0 + y2, x1 + x3, y1 + y3
+    return __builtin_shufflevector(x, y, (I / 4 * 4 + I % 4 / 2 + I % 2 * LANES)...) +
+           __builtin_shufflevector(x, y, (I / 4 * 4 + I % 4 / 2 + I % 2 * LANES + 2)...);
+  };
+  const vf ab = halves(a, b), cd = halves(c, d);
+  return __builtin_shufflevector(ab, cd, (I / 4 * 4 + I % 2 + I % 4 / 2 * LANES)...) +
+         __builtin_shufflevector(ab, cd, (I / 4 * 4 + I % 2 + I % 4 / 2 * LANES + 2)...);
 }
-
-// Lane i of the result is the sum of the lanes of r[i], which is overwritten.
-static inline vf sum_lanes(vf r[LANES]) {
-  for (int rows = LANES; rows > 1; rows /= 2)
-    for (int i = 0; i < rows / 2; ++i) r[i] = sum_pairs(r[2 * i], r[2 * i + 1], std::make_integer_sequence<int, LANES>());
-  return r[0];
+static inline vf sum_fours(vf a, vf b, vf c, vf d) {
+  return sum_fours(a, b, c, d, std::make_integer_sequence<int, LANES>());
 }
