@@ -1,17 +1,18 @@
-// The adjoint of the selective scan on one CPU core: states are recomputed chunk by chunk from saved ones, in L1, and the
-// recurrence of the gradients runs backward through them. Laid out as the forward scan is.
+// The adjoint of the selective scan on one CPU core: decays and states are recomputed chunk by chunk from saved states, in
+// L1, and the recurrence of the gradients runs backward through them. Laid out as the forward scan is.
 #include "scan_tiles.h"
 
 namespace ssmvision {
 namespace {
 
-// What goes through a chunk together: two states of two vectors of channels share the loads of dt, x and dy, of B and C, and
-// the sums that they add to. Stores are dear in this loop: a core that writes a whole vector takes two cycles for it, in
-// which it starts next to no multiplication.
+// What goes through a chunk together: two states of two vectors of channels share the loads of dt, x and dy, of B and C,
+// and the sums that they add to. Stores are dear here: a 64-byte store takes Zen 4 as long as nearly two multiply-adds,
+// and does not overlap with them.
 constexpr int STATES = 2, VECTORS = 2;
 
-// Gradients of B and C where all lanes of a channel block belong to one group of each. Four lanes apart are added up as
-// soon as they are known, so that the sums of two states and of both gradients share one vector per step, in L1.
+// Gradients of B and C where all lanes of a channel block belong to one group of each. Four lanes at a time are added up
+// as soon as they are known, by shuffles and additions that cost multiplications no time: then the sums of two states and
+// of both gradients share one vector per step, and the sums of a chunk stay in L1. The rest is added up once per chunk.
 struct SharedGrad {
   const ScanGrad& s;
   float *const dB, *const dC;  // (g, l, n) of this slice, sample and route
@@ -206,27 +207,43 @@ static void retreat_states(BlockGrad& g, int first, const float* saved, float* d
   }
 }
 
-// What is known before the states go through: dt, the slope of softplus, dt * u. Returns the largest |dt|.
-static float begin(BlockGrad& g, int v, bool softplus, int count) {
-  if (softplus) softplus_tile(g.dt + v * ROOM, g.slope + v * ROOM, count);
+// What the states of a vector add to, and what they share.
+static void begin(BlockGrad& g, int v, int count) {
   for (int t = v * ROOM; t < v * ROOM + count; ++t) {
     g.x[t] = g.dt[t] * g.u[t];
     g.ddt[t] = g.db[t] = vf{};
   }
-  return largest_magnitude(g.dt + v * ROOM, count);
 }
 
 // The gradients of u (in u's place) and of delta before softplus (in dt's place) once all states have been through. Also
-// the gradients of D and of the bias.
-static void finish(BlockGrad& g, int v, bool softplus, vf skip, vf& dskip, vf& dbias, int count) {
-  dskip = dbias = vf{};
+// those of D and of the bias: `parameter` and `gradient` are the first channel's place in a row of either.
+static void finish(const ScanGrad& s, BlockGrad& g, int v, int64_t parameter, int64_t gradient, int width, int count) {
+  const vf skip = s.D ? load_part(s.D + parameter, width) : vf{};
+  vf dskip{}, dbias{};
   for (int t = v * ROOM; t < v * ROOM + count; ++t) {
     dskip += g.dy[t] * g.u[t];
     vf ddt = g.ddt[t] + g.db[t] * g.u[t];
-    if (softplus) ddt *= g.slope[t];
+    if (s.softplus) ddt *= g.slope[t];
     g.u[t] = g.db[t] * g.dt[t] + skip * g.dy[t];
     g.dt[t] = ddt;
     dbias += ddt;
+  }
+  const auto add = [&](float* sum, vf v) { store_part(sum, load_part(sum, width) + v, width); };
+  if (s.dD) add(s.dD + gradient, dskip);
+  if (s.dbias) add(s.dbias + gradient, dbias);
+}
+
+// What gradients that are added up start from; the running gradient of the state stands in dinitial.
+static void clear(const ScanGrad& s, int64_t bk, int64_t d0, int64_t d1) {
+  for (int64_t n = 0; n < s.states; ++n)
+    for (int64_t d = d0; d < d1; ++d) {
+      const int64_t at = (bk * s.states + n) * s.channels + d;
+      s.dinitial[at] = s.dlast ? s.dlast[(bk * s.channels + d) * s.states + n] : 0.f;
+      s.dA[at] = 0.f;
+    }
+  for (int64_t d = d0; d < d1; ++d) {
+    if (s.dD) s.dD[bk * s.channels + d] = 0.f;
+    if (s.dbias) s.dbias[bk * s.channels + d] = 0.f;
   }
 }
 
@@ -240,7 +257,7 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
   const int64_t* const order = s.order ? s.order + ik * s.steps : nullptr;
   const uint8_t* const flags = s.reset ? s.reset + ib * s.reset_b + ik * s.reset_k : nullptr;
   const float* const saved = s.checkpoints + bk * chunks * plane;
-  float* const dstate = s.dinitial + bk * plane;  // doubles as the running gradient of the state
+  float* const dstate = s.dinitial + bk * plane;
   float* const dA = s.dA + bk * plane;
   const float* const u = s.u.at(ib, s.shared_u ? 0 : ik);
   const float* const dy = s.dy.at(ib, s.merge ? 0 : ik);
@@ -251,58 +268,60 @@ static void backward_route(const ScanGrad& s, int64_t ib, int64_t ik, int64_t sl
   Delta delta(s, ib, ik, d0, d1);
   BlockGrad g{};
 
-  for (int64_t n = 0; n < s.states; ++n)
-    for (int64_t d = d0; d < d1; ++d) {
-      dstate[n * s.channels + d] = s.dlast ? s.dlast[bk * plane + d * s.states + n] : 0.f;
-      dA[n * s.channels + d] = 0.f;
-    }
-  for (int64_t d = d0; d < d1; ++d) {
-    if (s.dD) s.dD[bk * s.channels + d] = 0.f;
-    if (s.dbias) s.dbias[bk * s.channels + d] = 0.f;
-  }
-  // Vectors v .. v + NV of a block, whose first channel is d.
+  clear(s, bk, d0, d1);
+  // Vectors v .. v + NV of a block, from channel d on, through one chunk.
   const auto through = [&]<int NV>(const Steps& steps, int64_t chunk, int64_t d, int v, int width, bool bounded) {
     B.load(steps, d, width);
     C.load(steps, d, width);
     gradients.enter(steps, d, width);
     const float *a = &A[size_t(d - d0)], *h = saved + chunk * plane + d;
     int64_t n = 0;
-    for (; n + STATES <= s.states; n += STATES)
-      retreat_states<STATES, NV>(g, v, h, dstate + d, dA + d, s.channels, a, slice, B, C, gradients, n, steps, width, bounded);
-    for (; n < s.states; ++n)
-      retreat_states<1, NV>(g, v, h, dstate + d, dA + d, s.channels, a, slice, B, C, gradients, n, steps, width, bounded);
+    const auto states = [&]<int NS>() {
+      retreat_states<NS, NV>(g, v, h, dstate + d, dA + d, s.channels, a, slice, B, C, gradients, n, steps, width, bounded);
+      n += NS;
+    };
+    while (n + STATES <= s.states) states.template operator()<STATES>();
+    while (n < s.states) states.template operator()<1>();
   };
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-    const Steps steps(order, s.steps, chunk, flags), later(order, s.steps, std::max<int64_t>(chunk - 1, 0), flags);
+    const Steps steps(order, s.steps, chunk, flags);
     B.next_chunk();
     C.next_chunk();
     delta.next_chunk(steps);
     for (int64_t block = d0; block < d1; block += VECTORS * LANES) {
       const int64_t end = std::min(d1, block + VECTORS * LANES);
       const int width = int(end - block), vectors = (width + LANES - 1) / LANES;
-      const Ahead ahead = end < d1 ? Ahead{steps, end - block} : Ahead{later, d0 - block};
-      load_tile(g.u, u + block * s.u.c, s.u.c, s.u.l, steps, width, ahead);
-      load_tile(g.dy, dy + block * s.dy.c, s.dy.c, s.dy.l, steps, width, ahead);
-      delta.load(g.dt, steps, block, width, ahead);
-      float largest = 0.f;
-      for (int v = 0; v < vectors; ++v) largest = std::max(largest, begin(g, v, s.softplus, steps.count));
-      const bool bounded = largest * steepest * LOG2E <= 126.f;  // false if NaN
+      load_tile(g.u, u + block * s.u.c, s.u.c, s.u.l, steps, width);
+      load_tile(g.dy, dy + block * s.dy.c, s.dy.c, s.dy.l, steps, width);
+      delta.load(g.dt, steps, block, width);
+      prefetch_tile<true>(du + block, s.du.c, s.du.l, steps);
+      prefetch_tile<true>(ddelta + block, s.ddelta.c, s.ddelta.l, steps);
+      if (end == d1 && chunk > 0) {
+        const Steps ahead(order, s.steps, chunk - 1, flags);
+        prefetch_tile<false>(u + d0, s.u.c, s.u.l, ahead);
+        prefetch_tile<false>(dy + d0, s.dy.c, s.dy.l, ahead);
+        prefetch_tile<false>(s.delta.at(ib, ik) + d0, s.delta.c, s.delta.l, ahead);
+      }
+      bool bounded = true;
+      for (int v = 0; v < vectors; ++v) {
+        const int part = std::min(LANES, width - v * LANES);
+        delta.activate(g.dt + v * ROOM, g.slope + v * ROOM, steps, block + v * LANES, part);
+        bounded &= largest_magnitude(g.dt + v * ROOM, steps.count) * steepest * LOG2E <= 126.f;  // false if NaN
+        begin(g, v, steps.count);
+      }
       if (width == VECTORS * LANES && gradients.together(block, end)) {
         through.template operator()<VECTORS>(steps, chunk, block, 0, LANES, bounded);
       } else {
         for (int v = 0; v < vectors; ++v)
-          through.template operator()<1>(steps, chunk, block + v * LANES, v, std::min(LANES, width - v * LANES), bounded);
+          through.template operator()<1>(
+              steps, chunk, block + v * LANES, v, std::min(LANES, width - v * LANES), bounded);
       }
       for (int v = 0; v < vectors; ++v) {
-        const int64_t d = ik * s.channels + block + v * LANES, bd = ib * s.routes * s.channels + d;
-        const int part = std::min(LANES, width - v * LANES);
-        vf dskip, dbias;
-        finish(g, v, s.softplus, s.D ? load_part(s.D + d, part) : vf{}, dskip, dbias, steps.count);
-        if (s.dD) store_part(s.dD + bd, load_part(s.dD + bd, part) + dskip, part);
-        if (s.dbias) store_part(s.dbias + bd, load_part(s.dbias + bd, part) + dbias, part);
+        const int64_t d = block + v * LANES;
+        finish(s, g, v, ik * s.channels + d, bk * s.channels + d, std::min(LANES, width - v * LANES), steps.count);
       }
-      store_tile(g.u, du + block * s.du.c, s.du.c, s.du.l, steps, width, s.shared_u && ik > 0, ahead);
-      store_tile(g.dt, ddelta + block * s.ddelta.c, s.ddelta.c, s.ddelta.l, steps, width, false, ahead);
+      store_tile(g.u, du + block * s.du.c, s.du.c, s.du.l, steps, width, s.shared_u && ik > 0);
+      store_tile(g.dt, ddelta + block * s.ddelta.c, s.ddelta.c, s.ddelta.l, steps, width, false);
     }
     gradients.flush(steps);
   }

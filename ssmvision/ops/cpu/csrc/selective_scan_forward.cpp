@@ -81,7 +81,7 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
       (chunks ? saved : last)[n * s.channels + d] = s.initial ? s.initial[bk * plane + d * s.states + n] : 0.f;
 
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const Steps steps(order, s.steps, chunk, flags), later(order, s.steps, std::min(chunk + 1, chunks - 1), flags);
+    const Steps steps(order, s.steps, chunk, flags);
     const float* state = saved + chunk * plane;
     float* next = chunk + 1 < chunks ? saved + (chunk + 1) * plane : last;
     B.next_chunk();
@@ -89,14 +89,19 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
     delta.next_chunk(steps);
     for (int64_t block = d0; block < d1; block += 2 * LANES) {
       const int64_t end = std::min(d1, block + 2 * LANES);
-      const Ahead ahead = end < d1 ? Ahead{steps, end - block} : Ahead{later, d0 - block};
-      load_tile(xs, u + block * s.u.c, s.u.c, s.u.l, steps, int(end - block), ahead);
-      delta.load(dts, steps, block, int(end - block), ahead);
+      load_tile(xs, u + block * s.u.c, s.u.c, s.u.l, steps, int(end - block));
+      delta.load(dts, steps, block, int(end - block));
+      prefetch_tile<true>(out + block, s.y.c, s.y.l, steps);
+      if (end == d1 && chunk + 1 < chunks) {
+        const Steps ahead(order, s.steps, chunk + 1, flags);
+        prefetch_tile<false>(u + d0, s.u.c, s.u.l, ahead);
+        if (!s.projection) prefetch_tile<false>(s.delta.at(ib, ik) + d0, s.delta.c, s.delta.l, ahead);
+      }
       vf *dt = dts, *x = xs, *y = ys;
       for (int64_t d = block; d < end; d += LANES, dt += ROOM, x += ROOM, y += ROOM) {
         const int width = int(std::min<int64_t>(LANES, end - d));
         const vf skip = s.D ? load_part(s.D + ik * s.channels + d, width) : vf{};
-        if (s.softplus) softplus_tile(dt, steps.count);
+        delta.activate(dt, nullptr, steps, d, width);
         const bool bounded = largest_magnitude(dt, steps.count) * steepest <= 126.f;  // false if NaN
         B.load(steps, d, width);
         C.load(steps, d, width);
@@ -107,7 +112,7 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
         for (; n < s.states; ++n)
           advance_states<1>(dt, x, y, skip, state + d, next + d, s.channels, a2, slice, B, C, n, steps, width, bounded);
       }
-      store_tile(ys, out + block * s.y.c, s.y.c, s.y.l, steps, int(end - block), s.merge && ik > 0, ahead);
+      store_tile(ys, out + block * s.y.c, s.y.c, s.y.l, steps, int(end - block), s.merge && ik > 0);
     }
   }
 }

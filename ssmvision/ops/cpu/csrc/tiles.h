@@ -17,7 +17,7 @@ struct Steps {
   bool reset[CHUNK];
 
   // `row` lists the tokens of a route of `steps` steps (null: 0, 1, 2, ...), `flags` marks resets by token (null: none).
-  Steps(const int64_t* row, int64_t steps, int64_t chunk, const uint8_t* flags) : token(), raster(row == nullptr) {
+  Steps(const int64_t* row, int64_t steps, int64_t chunk, const uint8_t* flags) : raster(row == nullptr) {
     const int64_t begin = chunk * CHUNK;
     count = int(std::min<int64_t>(CHUNK, steps - begin));
     for (int t = 0; t < count; ++t) token[t] = raster ? begin + t : row[begin + t];
@@ -75,22 +75,25 @@ inline void store_lanes(const vf* tile, float* p, int64_t stride_c, int64_t stri
 // stands past the last step of a chunk may be computed with, and is not used.
 constexpr int LOCKSTEP = 5, ROOM = (CHUNK + LOCKSTEP - 1) / LOCKSTEP * LOCKSTEP;
 
-// Which tile comes after this one: its tokens, and its channels relative to those of this one. Its lines of memory are asked
-// for while this one is copied, as no prefetcher foresees them: a tile takes two lines of each token.
-struct Ahead {
-  const Steps& steps;
-  int64_t channels;
-};
+// Asks for the lines of a tile well before they are needed: rows lie too far apart for the hardware to guess.
+template <bool WRITTEN>
+[[gnu::always_inline]] inline void prefetch_tile(const float* p, int64_t stride_c, int64_t stride_l, const Steps& s) {
+  if (stride_c != 1) return;
+  for (int t = 0; t < s.count; ++t) {
+    const float* q = p + s.token[t] * stride_l;
+    __builtin_prefetch(q, WRITTEN, 2);
+    __builtin_prefetch(q + LANES, WRITTEN, 2);
+  }
+}
 
 // A tile holds `width` channels of a chunk's tokens, in vectors: tile[v * ROOM + t] = channels v * LANES ... of token t;
 // lanes past `width` are zero. Two vectors of adjacent channels go together, as they share a cache line.
-inline void load_tile(vf* tile, const float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width,
-                      const Ahead& ahead) {
+inline void load_tile(vf* tile, const float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width) {
   if (stride_c == 1 && width == 2 * LANES) {
     for (int t = 0; t < s.count; ++t) {
-      const float *q = p + s.token[t] * stride_l, *later = p + ahead.channels + ahead.steps.token[t] * stride_l;
-      __builtin_prefetch(later, 0, 2);
-      if (LANES == 16) __builtin_prefetch(later + LANES, 0, 2);
+      const float* q = p + s.token[t] * stride_l;
+      __builtin_prefetch(q + 2 * LANES, 0, 2);
+      __builtin_prefetch(q + 3 * LANES, 0, 2);
       tile[t] = load(q);
       tile[ROOM + t] = load(q + LANES);
     }
@@ -100,13 +103,10 @@ inline void load_tile(vf* tile, const float* p, int64_t stride_c, int64_t stride
     load_lanes(tile, p + c * stride_c, stride_c, stride_l, s, std::min(LANES, width - c));
 }
 
-inline void store_tile(const vf* tile, float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width, bool add,
-                       const Ahead& ahead) {
+inline void store_tile(const vf* tile, float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width, bool add) {
   if (stride_c == 1 && width == 2 * LANES) {
     for (int t = 0; t < s.count; ++t) {
-      float *q = p + s.token[t] * stride_l, *later = p + ahead.channels + ahead.steps.token[t] * stride_l;
-      __builtin_prefetch(later, 1, 2);
-      if (LANES == 16) __builtin_prefetch(later + LANES, 1, 2);
+      float* q = p + s.token[t] * stride_l;
       store(q, add ? load(q) + tile[t] : tile[t]);
       store(q + LANES, add ? load(q + LANES) + tile[ROOM + t] : tile[ROOM + t]);
     }
