@@ -108,6 +108,7 @@ def print_ops(names: Sequence[str], repeats: int) -> None:
             print(f'{package}: not installed, skipped (pip install "ssmvision[benchmark]")')
         else:
             print(f"{package} at Vim-T: {times[1]:.3g} ms, ours {times[0]:.3g} ms = {times[1] / times[0]:.0f}x")
+    print_figure("time at l 32768 / 4096", benchmark.time_growth(max(2, repeats // 3)), Bar(8 * 1.15, at_least=False))
     print_processes()
 
 

@@ -27,6 +27,8 @@ CASES = [
     *(Case(l=l, softplus=True, initial=True) for l in (1, 2, 63, 64, 65, 128, 129)),
     *(Case(d=d, l=33, B="shared", C=d, rank=2, softplus=True) for d in (1, 3, 4, 7, 8, 16, 17, 32, 35)),
     *(Case(n=n, d=17, l=66, D=True) for n in (1, 2, 3, 4, 5, 16, 17)),
+    # Two vectors of channels go together, unless a group ends between them.
+    *(Case(d=d, B=B, n=n, l=70, softplus=True, bias=True) for d, B, n in ((33, 1, 1), (64, 2, 5), (96, 2, 2))),
     *(Case(**{name: value}) for name, value in EVERYTHING.items()),
     *(
         Case(d=48, B=B, C=C, l=70, softplus=True)

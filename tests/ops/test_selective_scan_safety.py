@@ -53,6 +53,12 @@ def test_extremes_stay_finite_and_right(backend, values, length):
     assert_matches(found, wanted, gradient=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_steep_channel_among_many(backend):
+    arguments = extreme(delta=10.0, A=[*[-1.0] * 39, -64.0], softplus=False)
+    assert_matches(evaluate(cast(arguments, torch.float32), backend=backend), evaluate(arguments, backend="reference"))
+
+
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_decay_is_of_no_consequence_however_large(backend, length):

@@ -71,6 +71,10 @@ def test_memory_of_training_is_linear_in_length() -> None:
     assert 2 * long < 80
 
 
+def test_time_of_training_grows_with_length() -> None:
+    assert benchmark.time_growth(repeats=3, lengths=(64, 4096)) > 1
+
+
 def test_calls_take_turns() -> None:
     seen: list[str] = []
     times = benchmark.interleaved({name: lambda name=name: seen.append(name) for name in "ab"}, repeats=3)

@@ -199,6 +199,17 @@ def bars(shape: OpShape) -> dict[str, Bar]:
     return _COMMON | shape.bars
 
 
+def time_growth(repeats: int, lengths: tuple[int, int] = (4096, 32768)) -> float:
+    """Time of forward and backward of one scan (d 96, n 16) at the second length over that at the first."""
+    short, long = (f"{length} tokens" for length in lengths)
+    calls = {
+        name: _train(_native, _inputs(OpShape(1, 1, 96, 16, length)))
+        for name, length in zip((short, long), lengths, strict=True)
+    }
+    found = interleaved(calls, repeats)
+    return found[long] / found[short]
+
+
 def _measure_routes(shape: OpShape, repeats: int) -> float:
     """A scan along the four routes of an image, over the same four scans all in raster order; both are summed."""
     u, delta, A, B, C, D, bias = _inputs(shape)

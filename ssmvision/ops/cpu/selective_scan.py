@@ -61,14 +61,19 @@ def backward(
     return (
         du,
         ddelta,
-        dA.sum(0).transpose(-1, -2),
-        dB.sum(0).transpose(-1, -2),
-        dC.sum(0).transpose(-1, -2),
-        None if dD is None else dD.sum(0),
-        None if dbias is None else dbias.sum(0),
+        _total(dA).transpose(-1, -2),
+        _total(dB).transpose(-1, -2),
+        _total(dC).transpose(-1, -2),
+        None if dD is None else _total(dD),
+        None if dbias is None else _total(dbias),
         dproj,
         None if initial_state is None else dinitial.transpose(-1, -2),
     )
+
+
+def _total(parts: Tensor) -> Tensor:
+    """The sum over the first dimension; no copy of what is one part only."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def _partial(routes: Tensor | None, u: Tensor) -> bool:

@@ -16,7 +16,7 @@ struct Window {
       const int64_t t = begin - (s.width - 1) + j;
       tile[j] = t < 0 ? vf{} : load_row(x + (row ? row[t] : t) * s.x.l, s.x.c, lanes);
     }
-    load_tile(tile + s.width - 1, x, s.x.c, s.x.l, steps, lanes);
+    load_lanes(tile + s.width - 1, x, s.x.c, s.x.l, steps, lanes);
   }
 };
 
@@ -58,7 +58,7 @@ inline void add_window(const ConvGrad& s, const Window& grad, const Steps& steps
     float* p = dx + (row && t >= 0 ? row[t] : t) * s.dx.l;
     for (int i = 0; i < (t < 0 ? 0 : lanes); ++i) p[i * s.dx.c] += grad.tile[j][i];
   }
-  store_tile(grad.tile + s.width - 1, dx, s.dx.c, s.dx.l, steps, lanes, true);
+  store_lanes(grad.tile + s.width - 1, dx, s.dx.c, s.dx.l, steps, lanes, true);
 }
 
 }  // namespace
@@ -79,7 +79,7 @@ void conv_forward(const Conv& s, int64_t ib, int64_t d0, int64_t d1) {
           const vf sum = convolve(window.tile + t, weight, bias, first.of[t], s.width);
           y[t] = s.silu ? sum * sigmoid(sum) : sum;
         }
-        store_tile(y, s.y.at(ib, ik) + d * s.y.c, s.y.c, s.y.l, steps, lanes, false);
+        store_lanes(y, s.y.at(ib, ik) + d * s.y.c, s.y.c, s.y.l, steps, lanes, false);
       }
     }
 }
@@ -98,7 +98,7 @@ void conv_backward(const ConvGrad& s, int64_t ib, int64_t d0, int64_t d1) {
         const Steps steps(row, s.tokens, chunk, nullptr);
         const FirstTap first(s, steps, row, flags(s, ib, ik), chunk);
         window.load(s, s.x.at(ib, 0) + d * s.x.c, steps, row, chunk, lanes);
-        load_tile(dy, s.dy.at(ib, ik) + d * s.dy.c, s.dy.c, s.dy.l, steps, lanes);
+        load_lanes(dy, s.dy.at(ib, ik) + d * s.dy.c, s.dy.c, s.dy.l, steps, lanes);
         std::fill(dwindow.tile, dwindow.tile + CHUNK + s.width - 1, vf{});
         for (int t = 0; t < steps.count; ++t) {
           vf grad = dy[t];

@@ -87,6 +87,16 @@ inline bool lanes_share_groups(const Scan& s) {
   return shared(s.B) && shared(s.C);
 }
 
+// x = log(1 + exp(x + bias)); and slope = 1 / (1 + exp(-x - bias)) of the old x, unless it is null.
+inline void softplus_tile(vf* x, vf bias, vf* slope, int count) {
+  for (int t = 0; t < count; t += LOCKSTEP) {
+    vf raw[LOCKSTEP], e[LOCKSTEP];
+    for (int i = 0; i < LOCKSTEP; ++i) raw[i] = x[t + i] + bias;
+    softplus<LOCKSTEP>(x + t, e, raw);
+    for (int i = 0; slope && i < LOCKSTEP; ++i) slope[t + i] = sigmoid(raw[i], e[i]);
+  }
+}
+
 // Delta of one route as the kernels need it: loaded, or projected from its low-rank form inside the chunk.
 struct Delta {
   const Scan& s;
@@ -104,32 +114,28 @@ struct Delta {
     for (int64_t r = 0; r < (s.projection ? s.rank : 0); ++r)
       for (int t = 0; t < steps.count; ++t) rows[size_t(t * s.rank + r)] = p[r * s.delta.c + steps.token[t] * s.delta.l];
   }
-  // delta + bias, before softplus, of channels d .. d + width.
+  // Delta of channels d .. d + width, yet without the bias.
   void load(vf* raw, const Steps& steps, int64_t d, int width) const {
-    if (!s.projection) load_tile(raw, s.delta.at(ib, ik) + d * s.delta.c, s.delta.c, s.delta.l, steps, width);
-    for (int c = 0; c < width; c += LANES, raw += ROOM) {
-      const vf bias = s.bias ? load_part(s.bias + ik * s.channels + d + c, std::min(LANES, width - c)) : vf{};
-      if (s.projection) project(raw, steps, bias, &weight[size_t(d + c - d0)]);
-      else if (s.bias) for (int t = 0; t < steps.count; ++t) raw[t] += bias;
-    }
+    if (!s.projection) return load_tile(raw, s.delta.at(ib, ik) + d * s.delta.c, s.delta.c, s.delta.l, steps, width);
+    for (int c = 0; c < width; c += LANES, raw += ROOM) project(raw, steps, &weight[size_t(d + c - d0)]);
+  }
+  // The step sizes of one vector of channels, from what `load` left; and the slope of softplus unless it is null.
+  void activate(vf* raw, vf* slope, const Steps& steps, int64_t d, int width) const {
+    const vf bias = s.bias ? load_part(s.bias + ik * s.channels + d, width) : vf{};
+    if (s.softplus) softplus_tile(raw, bias, slope, steps.count);
+    else if (s.bias) for (int t = 0; t < steps.count; ++t) raw[t] += bias;
   }
   // The sums of eight steps stay in registers.
-  void project(vf* raw, const Steps& steps, vf bias, const float* w) const {
+  void project(vf* raw, const Steps& steps, const float* w) const {
     in_blocks<8>(steps.count, [&]<int N>(int t) {
       const float* row = &rows[size_t(t * s.rank)];
-      vf sum[N];
-      for (int i = 0; i < N; ++i) sum[i] = bias;
+      vf sum[N] = {};
       for (int64_t r = 0; r < s.rank; ++r)
         for (int i = 0; i < N; ++i) sum[i] += ::load(w + r * slice) * splat(row[i * s.rank + r]);
       for (int i = 0; i < N; ++i) raw[t + i] = sum[i];
     });
   }
 };
-
-// e = exp(-|x|) and x = log(1 + exp(x)).
-inline void softplus_tile(vf* x, vf* e, int count) {
-  for (int t = 0; t < count; t += LOCKSTEP) softplus<LOCKSTEP>(x + t, e + t, x + t);
-}
 
 inline float largest_magnitude(const vf* x, int count) {
   vf largest{};

@@ -74,7 +74,7 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
   float* const out = s.y.at(ib, s.merge ? 0 : ik);
   Coefficients B(s.B, s, ib, ik), C(s.C, s, ib, ik);
   Delta delta(s, ib, ik, d0, d1);
-  vf dts[2 * ROOM] = {}, xs[2 * ROOM], ys[2 * ROOM], e[ROOM];
+  vf dts[2 * ROOM] = {}, xs[2 * ROOM], ys[2 * ROOM];
 
   for (int64_t n = 0; n < s.states; ++n)
     for (int64_t d = d0; d < d1; ++d)
@@ -91,11 +91,17 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
       const int64_t end = std::min(d1, block + 2 * LANES);
       load_tile(xs, u + block * s.u.c, s.u.c, s.u.l, steps, int(end - block));
       delta.load(dts, steps, block, int(end - block));
+      prefetch_tile<true>(out + block, s.y.c, s.y.l, steps);
+      if (end == d1 && chunk + 1 < chunks) {
+        const Steps ahead(order, s.steps, chunk + 1, flags);
+        prefetch_tile<false>(u + d0, s.u.c, s.u.l, ahead);
+        if (!s.projection) prefetch_tile<false>(s.delta.at(ib, ik) + d0, s.delta.c, s.delta.l, ahead);
+      }
       vf *dt = dts, *x = xs, *y = ys;
       for (int64_t d = block; d < end; d += LANES, dt += ROOM, x += ROOM, y += ROOM) {
         const int width = int(std::min<int64_t>(LANES, end - d));
         const vf skip = s.D ? load_part(s.D + ik * s.channels + d, width) : vf{};
-        if (s.softplus) softplus_tile(dt, e, steps.count);
+        delta.activate(dt, nullptr, steps, d, width);
         const bool bounded = largest_magnitude(dt, steps.count) * steepest <= 126.f;  // false if NaN
         B.load(steps, d, width);
         C.load(steps, d, width);

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -153,4 +154,19 @@ static inline void transpose(vf r[LANES]) {
     }
     for (int i = 0; i < LANES; ++i) r[i] = out[i];
   }
+}
+
+// Lane q of every four lanes of the result is the sum of those four lanes of the q-th argument.
+template <int... I>
+static inline vf sum_fours(vf a, vf b, vf c, vf d, std::integer_sequence<int, I...>) {
+  const auto halves = [](vf x, vf y) {  // x0 + x2, y0 + y2, x1 + x3, y1 + y3
+    return __builtin_shufflevector(x, y, (I / 4 * 4 + I % 4 / 2 + I % 2 * LANES)...) +
+           __builtin_shufflevector(x, y, (I / 4 * 4 + I % 4 / 2 + I % 2 * LANES + 2)...);
+  };
+  const vf ab = halves(a, b), cd = halves(c, d);
+  return __builtin_shufflevector(ab, cd, (I / 4 * 4 + I % 2 + I % 4 / 2 * LANES)...) +
+         __builtin_shufflevector(ab, cd, (I / 4 * 4 + I % 2 + I % 4 / 2 * LANES + 2)...);
+}
+static inline vf sum_fours(vf a, vf b, vf c, vf d) {
+  return sum_fours(a, b, c, d, std::make_integer_sequence<int, LANES>());
 }
