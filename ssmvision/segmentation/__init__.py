@@ -10,6 +10,7 @@ from . import (  # noqa: F401
     ultralight_vm_unet,
     umamba,
     unet,
+    upernet,
     vivim,
     vm_unet,
 )

@@ -60,6 +60,7 @@ class SwinUMamba(nn.Module):
     """Swin-UMamba: (b, in_channels, h, w) → logits (b, out_channels, h, w), for sides that are multiples of 32.
 
     Args:
+        spatial_dims: 2.
         in_channels: Input channels.
         out_channels: Classes.
         features: Channels of each resolution, of the stem (Swin-UMamba alone has one) and of each stage; None for 48,
@@ -70,7 +71,6 @@ class SwinUMamba(nn.Module):
         d_state: Size of the state of the scans.
         drop_path_rate: Largest stochastic depth rate of the encoder.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
-        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     name = "Swin-UMamba"
@@ -78,15 +78,15 @@ class SwinUMamba(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        spatial_dims: int = 2,
+        in_channels: int = 1,
+        out_channels: int = 2,
         features: Sequence[int] | None = None,
         depths: Sequence[int] = (2, 2, 9, 2),
         deep_supervision: bool = False,
         d_state: int = 16,
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
-        spatial_dims: int = 2,
     ) -> None:
         check_spatial_dims(self.name, spatial_dims, 2)
         super().__init__()
@@ -215,12 +215,12 @@ def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialMod
         dims = kwargs.get("dims", 96)
         dims = [dims * 2**i for i in range(len(shared["depths"]))] if isinstance(dims, int) else list(dims)
         _demand("features_per_stage", kwargs, dims)
-        d = SwinUMambaD(kwargs.get("in_chans", 3), kwargs["num_classes"], dims, **shared)
+        d = SwinUMambaD(2, kwargs.get("in_chans", 3), kwargs["num_classes"], dims, **shared)
         return OfficialModel(d, lambda name: [Tap(name, as_is if "seg_layers" in name else nhwc)])
     features = list(kwargs.get("feat_size", (48, 96, 192, 384, 768)))
     _demand("dims", kwargs, features[1:])
     _demand("hidden_size", kwargs, features[-1])
-    model = SwinUMamba(kwargs.get("in_chans", 1), kwargs.get("out_chans", 13), features, **shared)
+    model = SwinUMamba(2, kwargs.get("in_chans", 1), kwargs.get("out_chans", 13), features, **shared)
     return OfficialModel(model, lambda name: [Tap(_ours(name), nhwc if name.startswith("vssm_encoder") else as_is)])
 
 

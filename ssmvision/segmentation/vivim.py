@@ -125,6 +125,7 @@ class Vivim(nn.Module):
     without gradients.
 
     Args:
+        spatial_dims: 3.
         in_channels: Input channels.
         out_channels: Classes.
         dims: Channels of each stage.
@@ -138,11 +139,11 @@ class Vivim(nn.Module):
         drop_rate: Dropout before the logits.
         drop_path_rate: Largest stochastic depth rate.
         mixer: "mamba", or "none" for gated convolutions instead.
-        spatial_dims: 3 and nothing else, for callers that state it.
     """
 
     def __init__(
         self,
+        spatial_dims: int = 3,
         in_channels: int = 3,
         out_channels: int = 1,
         dims: Sequence[int] = (64, 128, 320, 512),
@@ -156,7 +157,6 @@ class Vivim(nn.Module):
         drop_rate: float = 0.1,
         drop_path_rate: float = 0.0,
         mixer: str = "mamba",
-        spatial_dims: int = 3,
     ) -> None:
         check_spatial_dims("Vivim", spatial_dims, 3)
         super().__init__()

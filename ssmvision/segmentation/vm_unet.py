@@ -52,6 +52,7 @@ class VMUNet(nn.Module):
     A skip is added before the upsampling that follows it, so the first stage's own input never serves as one.
 
     Args:
+        spatial_dims: 2.
         in_channels: Input channels; where they are 3, pictures of one channel are repeated to 3 as officially.
         out_channels: Classes.
         dims: Channels of each stage, doubling.
@@ -61,11 +62,11 @@ class VMUNet(nn.Module):
         drop_path_rate: Largest stochastic depth rate.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
         sigmoid: Give probabilities, as the official network of one class does.
-        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
         self,
+        spatial_dims: int = 2,
         in_channels: int = 3,
         out_channels: int = 1,
         dims: Sequence[int] = (96, 192, 384, 768),
@@ -75,7 +76,6 @@ class VMUNet(nn.Module):
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
         sigmoid: bool = False,
-        spatial_dims: int = 2,
     ) -> None:
         check_spatial_dims("VM-UNet", spatial_dims, 2)
         super().__init__()
@@ -180,6 +180,7 @@ class VMUNetV2(nn.Module):
     only square inputs work; here each is resized to the sides of its anchor, which for squares is the same.
 
     Args:
+        spatial_dims: 2.
         in_channels: Input channels; where they are 3, pictures of one channel are repeated to 3 as officially.
         out_channels: Classes.
         mid_channel: Channels of the decoder; the stages have 2, 4, 8 and 16 times as many.
@@ -191,11 +192,11 @@ class VMUNetV2(nn.Module):
         drop_path_rate: Largest stochastic depth rate.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
         sigmoid: Give probabilities, as the official network does.
-        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
         self,
+        spatial_dims: int = 2,
         in_channels: int = 3,
         out_channels: int = 1,
         mid_channel: int = 48,
@@ -206,7 +207,6 @@ class VMUNetV2(nn.Module):
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
         sigmoid: bool = False,
-        spatial_dims: int = 2,
     ) -> None:
         check_spatial_dims("VM-UNetV2", spatial_dims, 2)
         super().__init__()
