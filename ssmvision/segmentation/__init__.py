@@ -14,3 +14,6 @@ from . import (  # noqa: F401
     vivim,
     vm_unet,
 )
+from ._encoder_weights import load_encoder
+
+__all__ = ["load_encoder"]

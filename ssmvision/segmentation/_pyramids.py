@@ -9,9 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.models._builder import convert_state_dict
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.segmentation._mixers import check_mixer
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
@@ -51,6 +53,8 @@ class PyramidNetwork(nn.Module):
         ValueError: Unknown encoders, such as have no pyramid of maps; wrong inputs.
     """
 
+    encoder_keys = "encoder."
+
     def __init__(
         self,
         spatial_dims: int,
@@ -72,6 +76,14 @@ class PyramidNetwork(nn.Module):
                 f"{encoder} has strides {tuple(self.reductions)}"
             )
         self.channels_last = str(getattr(self.encoder, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def from_backbone(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the backbone under our keys; timm joins the first two parts of a key where it takes maps out."""
+        with torch.device("meta"):
+            whole = timm.create_model(self.backbone)
+        own, found = self.encoder.state_dict(), convert_state_dict(whole, dict(weights))
+        joined = {key.replace(".", "_", 1): key for key in found}
+        return {f"encoder.{name if name in own else key}": found[key] for name, key in joined.items()}
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) → logits (b, out_channels, h, w)."""
@@ -148,8 +160,8 @@ def register_over(name: str, title: str, network: type[PyramidNetwork], encoder:
     caveats = (
         "The combination is this package's own: it has neither weights nor reported results.",
         "The twin has another encoder in the place of the whole one, so what differs is more than the SSM.",
-        f'Pretrained weights of the encoder (encoder_kwargs={{"pretrained": True}}) keep the licence that the card of '
-        f"{encoder.name} states; some allow no commercial use.",
+        f"Pretrained weights of the encoder (encoder_weights=True) keep the licence that the card of {encoder.name} "
+        "states; some allow no commercial use.",
     )
     convnext = f"a ConvNeXt of widths {encoder.dims} and depths {encoder.depths}"
     instead = f"{convnext} in the place of the encoder {encoder.name}"

@@ -22,7 +22,7 @@ from ssmvision.segmentation._blocks import drop_path_rates
 from ssmvision.segmentation._mixers import MakeMixer, ss2d_or_twin
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 from ssmvision.segmentation._unetr import UNETR_RENAMES, ResBlock, UpBlock
-from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, make_layer
+from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, from_vmamba, make_layer
 
 __all__ = ["SwinUMamba", "SwinUMambaD"]
 
@@ -59,6 +59,8 @@ class VSSEncoder(nn.Module):
 class SwinUMamba(nn.Module):
     """Swin-UMamba: (b, in_channels, h, w) → logits (b, out_channels, h, w), for sides that are multiples of 32.
 
+    `load_encoder` gives the encoder the weights of VMamba-T, as the paper does; those of its stem fit D alone.
+
     Args:
         spatial_dims: 2.
         in_channels: Input channels.
@@ -75,6 +77,11 @@ class SwinUMamba(nn.Module):
 
     name = "Swin-UMamba"
     default_features: tuple[int, ...] = (48, 96, 192, 384, 768)
+    backbone, encoder_keys = "vmamba_v0_tiny", "vssm_encoder."
+    _places: tuple[tuple[str, Any], ...] = (
+        (r"^stages\.(\d)\.downsample", lambda match: f"vssm_encoder.downsamples.{int(match[1]) - 1}"),
+        (r"^stages", "vssm_encoder.layers"),
+    )
 
     def __init__(
         self,
@@ -113,6 +120,10 @@ class SwinUMamba(nn.Module):
         self.last = ResBlock(2, features[0], features[0])
         self.out_layers = nn.ModuleList(nn.Conv2d(dim, out_channels, 1) for dim in features[:-1])
         self.deep_supervision = deep_supervision
+
+    def from_backbone(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of VMamba v0 under our keys."""
+        return from_vmamba(weights, self, self._places)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, in_channels, h, w) → (b, out_channels, h, w), or a list with `deep_supervision`."""
@@ -170,6 +181,7 @@ class SwinUMambaD(SwinUMamba):
 
     name = "Swin-UMamba-D"
     default_features = (96, 192, 384, 768)
+    _places = (*SwinUMamba._places, (r"^patch_embed", "vssm_encoder.patch_embed"))
 
     def _make_encoder(
         self, features: Sequence[int], depths: Sequence[int], make: MakeMixer, drop_path_rate: float
@@ -236,7 +248,9 @@ def _cfg(*input_size: int, **fields: Any) -> NetworkCfg:
         "origin_url": "https://github.com/JiarunLiu/Swin-UMamba", "license": "Apache-2.0", "input_size": input_size,
         "by_hand": "the Google Drive folder linked in https://github.com/JiarunLiu/Swin-UMamba",
         "results_source": "https://arxiv.org/abs/2402.03302",
-        "caveats": ("The results rest on an encoder trained on ImageNet; this one starts from random weights.",),
+        "caveats": (
+            "The results rest on an encoder trained on ImageNet, with which encoder_weights=True starts this one.",
+        ),
     }  # fmt: skip
     return NetworkCfg(**(common | fields))
 

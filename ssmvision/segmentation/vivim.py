@@ -122,7 +122,7 @@ class Vivim(nn.Module):
 
     The third scan of every Mamba layer cuts the clip into 5 pieces, so the number of frames must be a multiple of 5;
     sides are 32 or more. Official checkpoints hold a norm per stage and a classifier that nothing reads: they are kept,
-    without gradients.
+    without gradients. `load_encoder` takes a file of SegFormer under the keys of transformers, encoder and decoder.
 
     Args:
         spatial_dims: 3.
@@ -140,6 +140,8 @@ class Vivim(nn.Module):
         drop_path_rate: Largest stochastic depth rate.
         mixer: "mamba", or "none" for gated convolutions instead.
     """
+
+    backbone, encoder_keys = "", ("patch_embeds.", "blocks.")
 
     def __init__(
         self,
@@ -202,6 +204,10 @@ class Vivim(nn.Module):
         clips = [each.transpose(1, 2) for each in resized]
         return clips if len(clips) > 1 else clips[0]
 
+    def from_backbone(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of SegFormer, under the keys of transformers, under ours."""
+        return {rename(key, (*_SEGFORMER_RENAMES, *_RENAMES)): value for key, value in weights.items()}
+
     def _check(self, x: Tensor) -> None:
         check_input("Vivim", x, self.in_channels, (1, 1, 1))
         if x.shape[2] % _FRAMES:
@@ -247,6 +253,13 @@ _RENAMES = (
     (r"\.attention\.self\.", ".attn."),
     (r"\.mlp\.dense(\d)\.", r".mlp.fc\1."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
+)
+
+
+# Key of SegFormer in transformers → that of the official Vivim around it.
+_SEGFORMER_RENAMES = (
+    (r"^segformer\.encoder\.", "encoder.downsample_layers."),
+    (r"^decode_head\.", "decoder."),
 )
 
 
