@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,7 @@ from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.segmentation._mixers import check_mixer
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 
-__all__ = ["ENCODERS", "MICRO", "Encoder", "PyramidNetwork", "cropped", "padded", "register_over"]
+__all__ = ["PyramidNetwork", "cropped", "padded", "register_over_encoders"]
 
 
 def padded(x: Tensor, stride: int) -> Tensor:
@@ -108,48 +108,50 @@ def _create_encoder(network: str, name: str, in_channels: int, kwargs: Mapping[s
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """A backbone that names of networks end in.
+class _Encoder:
+    """A backbone, and the widths and depths of the ConvNeXt that stands in its place in twins.
 
-    Args:
-        name: The backbone.
-        dims: Widths of the ConvNeXt that stands in its place in twins; whole networks then differ by less than 3 % in
-            parameters.
-        depths: Its depths.
-        kwargs: Arguments of a network over it.
-        input_size: Of a micro network.
+    Whole networks differ from their twins by less than 3 % in parameters.
     """
 
     name: str
     dims: tuple[int, ...]
     depths: tuple[int, ...]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    input_size: tuple[int, ...] = ()
 
 
-ENCODERS = {
-    "vmamba_tiny": Encoder("vmamba_tiny_s1l8", (96, 192, 384, 768), (3, 3, 10, 3)),
-    "mambavision_tiny": Encoder("mambavision_tiny", (80, 160, 320, 640), (3, 3, 15, 5)),
-    "vssd_tiny": Encoder("vssd_tiny", (64, 128, 256, 512), (3, 3, 15, 7)),
-    "efficientvmamba_tiny": Encoder("efficientvmamba_tiny", (48, 96, 192, 384), (2, 2, 6, 3)),
+# What the names of networks end in.
+_ENCODERS = {
+    "vmamba_tiny": _Encoder("vmamba_tiny_s1l8", (96, 192, 384, 768), (3, 3, 10, 3)),
+    "mambavision_tiny": _Encoder("mambavision_tiny", (80, 160, 320, 640), (3, 3, 15, 5)),
+    "vssd_tiny": _Encoder("vssd_tiny", (64, 128, 256, 512), (3, 3, 15, 7)),
+    "efficientvmamba_tiny": _Encoder("efficientvmamba_tiny", (48, 96, 192, 384), (2, 2, 6, 3)),
 }
-MICRO = Encoder("test_vmamba", (16, 32, 64, 128), (1, 1, 5, 1), input_size=(3, 64, 64))
+_MICRO = _Encoder("test_vmamba", (16, 32, 64, 128), (1, 1, 5, 1))
 
 
-def register_over(name: str, title: str, network: type[PyramidNetwork], encoder: Encoder, cfg: NetworkCfg) -> None:
-    """Register a network over an encoder, and its twin over a ConvNeXt.
+def register_over_encoders(
+    prefix: str, title: str, network: type[PyramidNetwork], cfg: NetworkCfg, **micro: Any
+) -> None:
+    """Register a network over every encoder, with twins over ConvNeXts: `<prefix>_<encoder>` and `test_<prefix>`.
 
     Args:
-        name: What to call it.
-        title: What it is called in prose.
+        prefix: What names begin with.
+        title: What the network is called in prose.
         network: Its class.
-        encoder: What it encodes with.
         cfg: What is known of it, to which what holds for every encoder is added.
+        **micro: Arguments of the micro network.
     """
+    for name, encoder in _ENCODERS.items():
+        _register(f"{prefix}_{name}", title, network, encoder, cfg, {})
+    _register(f"test_{prefix}", title, network, _MICRO, replace(cfg, input_size=(3, 64, 64)), micro)
 
+
+def _register(
+    name: str, title: str, network: type[PyramidNetwork], encoder: _Encoder, cfg: NetworkCfg, args: Mapping[str, Any]
+) -> None:
     def entrypoint(mixer: str = "ssm", **kwargs: Any) -> PyramidNetwork:
         check_mixer(name, mixer, "ssm")
-        kwargs = {**encoder.kwargs, **kwargs}
+        kwargs = {**args, **kwargs}
         if mixer == "ssm":
             return network(encoder=encoder.name, **kwargs)
         convnext = {"dims": encoder.dims, "depths": encoder.depths} | (kwargs.pop("encoder_kwargs", None) or {})
@@ -165,5 +167,4 @@ def register_over(name: str, title: str, network: type[PyramidNetwork], encoder:
     )
     convnext = f"a ConvNeXt of widths {encoder.dims} and depths {encoder.depths}"
     instead = f"{convnext} in the place of the encoder {encoder.name}"
-    full = replace(cfg, input_size=encoder.input_size, caveats=(*cfg.caveats, *caveats), instead=instead)
-    register_network(full, twin=True)(entrypoint)
+    register_network(replace(cfg, caveats=caveats, instead=instead), twin=True)(entrypoint)

@@ -18,7 +18,7 @@ from ssmvision.models._networks import register_network
 from ssmvision.ops import routes
 from ssmvision.segmentation._blocks import CONVS, TRANSPOSED_CONVS, ConvNormAct, Decoder
 from ssmvision.segmentation._mixers import in_full_precision, mamba_or_twin
-from ssmvision.segmentation._pyramids import ENCODERS, MICRO, PyramidNetwork, cropped, padded, register_over
+from ssmvision.segmentation._pyramids import PyramidNetwork, cropped, padded, register_over_encoders
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 
 __all__ = ["MIXERS", "SS3D", "MixerUNet", "UNet2d"]
@@ -228,9 +228,7 @@ _CFG = NetworkCfg(
     license="Apache-2.0",
 )
 
-for _name, _encoder in ENCODERS.items():
-    register_over(f"unet_{_name}", "U-Net", UNet2d, _encoder, _CFG)
-register_over("test_unet", "U-Net", UNet2d, replace(MICRO, kwargs={"decoder_channels": (64, 32, 16, 8, 8)}), _CFG)
+register_over_encoders("unet", "U-Net", UNet2d, _CFG, decoder_channels=(64, 32, 16, 8, 8))
 
 _OWN = replace(_CFG, caveats=("The combination is this package's own: it has neither weights nor reported results.",))
 

@@ -7,7 +7,6 @@ The pooled contexts are those of PSPNet (arXiv:1612.01105), the feature pyramid 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmvision.models._networks import NetworkCfg
-from ssmvision.segmentation._pyramids import ENCODERS, MICRO, PyramidNetwork, register_over
+from ssmvision.segmentation._pyramids import PyramidNetwork, register_over_encoders
 
 __all__ = ["UPerNet"]
 
@@ -117,6 +116,4 @@ _CFG = NetworkCfg(
     license="Apache-2.0",
 )
 
-for _name, _encoder in ENCODERS.items():
-    register_over(f"upernet_{_name}", "UPerNet", UPerNet, _encoder, _CFG)
-register_over("test_upernet", "UPerNet", UPerNet, replace(MICRO, kwargs={"channels": 16}), _CFG)
+register_over_encoders("upernet", "UPerNet", UPerNet, _CFG, channels=16)
