@@ -12,6 +12,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ssmvision.hub import CheckpointError, KeyReport, compare_keys, load_state_dict
+from ssmvision.models._builder import announce_licence
 
 __all__ = ["TakesBackbone", "load_encoder"]
 
@@ -32,7 +33,8 @@ def load_encoder(model: nn.Module, weights: bool | str | Path = True) -> KeyRepo
     """Begin the training of a segmenter with an encoder that was trained on pictures.
 
     The first convolution is adapted to the number of input channels as timm does. Where either side holds tensors that
-    the other has no counterpart of, those of the model keep their values, and a warning names them.
+    the other has no counterpart of, those of the model keep their values, and a warning names them. Another warning
+    tells where the licence of a backbone's published weights forbids commercial use.
 
     Args:
         model: A segmenter of this package whose paper, or whose kind, begins with such an encoder.
@@ -59,6 +61,7 @@ def load_encoder(model: nn.Module, weights: bool | str | Path = True) -> KeyRepo
     if not fitting:
         raise CheckpointError(f"{source} holds nothing that fits the encoder of {name}, {report.summary()}.")
     model.load_state_dict(fitting, strict=False)
+    announce_licence(source, _licence(chosen))
     if not report.ok:
         warnings.warn(
             f"{name} takes {len(fitting)} tensors from {source}; of its encoder and the file, {report.summary()}",
@@ -71,6 +74,12 @@ def _chosen(model: Any) -> TakesBackbone:
     if not hasattr(model, "from_backbone"):
         raise ValueError(f"{type(model).__name__} has no encoder that weights of a published backbone fit")
     return model
+
+
+def _licence(chosen: TakesBackbone) -> str:
+    """Of the published weights, in a file or not."""
+    cfg = timm.get_pretrained_cfg(chosen.backbone) if chosen.backbone else None
+    return getattr(chosen, "backbone_license", (cfg and cfg.license) or "")
 
 
 def _with_channels(weight: Tensor, like: Tensor | None) -> Tensor:

@@ -142,6 +142,7 @@ class Vivim(nn.Module):
     """
 
     backbone, encoder_keys = "", ("patch_embeds.", "blocks.")
+    backbone_license = "NVIDIA's licence of SegFormer, non-commercial"
 
     def __init__(
         self,

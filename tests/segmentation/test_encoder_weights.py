@@ -132,8 +132,11 @@ def test_vivim_takes_segformer_from_transformers(tmp_path: Path) -> None:
         "decode_head.linear_fuse.weight": torch.randn(16, 64, 1, 1),
         "classifier.weight": torch.randn(3, 16),
     }
-    with pytest.warns(UserWarning, match=r"Vivim takes 8 tensors .* 1 surplus \(classifier\.weight\)"):
+    with pytest.warns(UserWarning, match="forbids commercial use") as told:
         report = load_encoder(model, _file(official, tmp_path))
+    licence, fit = (str(warning.message) for warning in told)
+    assert "NVIDIA's licence of SegFormer, non-commercial" in licence
+    assert re.search(r"Vivim takes 8 tensors .* 1 surplus \(classifier\.weight\)", fit)
     own = model.state_dict()
     for ours, theirs in (
         ("patch_embeds.1.proj.weight", "segformer.encoder.patch_embeddings.1.proj.weight"),
