@@ -12,9 +12,9 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, model_entrypoin
 from torch import nn
 
 import ssmvision.models as _families  # registers our models with timm
-import ssmvision.segmentation  # noqa: F401 - registers what timm's registry cannot hold
 from ssmvision.models._builder import announce_licence, load_weights
 from ssmvision.models._networks import create_network, is_network, licence_of, list_networks
+from ssmvision.segmentation import load_encoder  # importing it registers what timm's registry cannot hold
 
 __all__ = ["create_model", "is_model", "list_models"]
 
@@ -70,12 +70,14 @@ def create_model(
     scriptable: bool | None = None,
     exportable: bool | None = None,
     no_jit: bool | None = None,
+    encoder_weights: bool | str | Path = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Create a model by name; names that are timm's alone are passed on to it.
 
     Networks that timm's registry cannot hold take `in_chans` and `num_classes` as well, for what MONAI calls
-    `in_channels` and `out_channels`; of the other arguments below only `checkpoint_path` concerns them.
+    `in_channels` and `out_channels`; of the other arguments below only `checkpoint_path` and `encoder_weights` concern
+    them.
 
     Args:
         model_name: `arch`, `arch.tag`, `hf-hub:owner/name` or `local-dir:/path`.
@@ -87,14 +89,22 @@ def create_model(
         scriptable: timm's layer setting for TorchScript.
         exportable: timm's layer setting for export.
         no_jit: timm's layer setting against scripted layers.
+        encoder_weights: for a segmenter, a file of its backbone's weights or True for the published ones; what does not
+            fit is named by a warning, see `ssmvision.segmentation.load_encoder`.
         **kwargs: arguments of the model, such as `num_classes`, `in_chans`, `features_only`, `device`.
     """
     if is_network(model_name):
         network = create_network(model_name, pretrained, **kwargs)
+        if encoder_weights:
+            load_encoder(network, encoder_weights)
         if checkpoint_path:
             load_weights(network, checkpoint_path)
             announce_licence(model_name, licence_of(model_name))
         return network
+    if encoder_weights:
+        raise ValueError(
+            f"encoder_weights are for segmenters, not for {model_name}; pass pretrained or checkpoint_path"
+        )
     source, name = parse_model_name(model_name)
     if source is None:
         _check_name(name)

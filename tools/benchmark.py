@@ -13,7 +13,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler reports a mis
 import torch
 
 from ssmvision.engine import benchmark
-from ssmvision.engine.benchmark import Bar, layers, operators, video
+from ssmvision.engine.benchmark import Bar, layers, operators, segmenters, video
 from ssmvision.ops import backend_info
 
 EPILOG = """
@@ -33,6 +33,9 @@ examples:
   ConvS5 beside ConvLSTM and Transformers: steps of training, generation, packed clips
     python tools/benchmark.py convs5 --threads 2
 
+  U-Mamba beside its twins without an SSM: time of a forward pass, memory of a training step
+    python tools/benchmark.py segmenters
+
 Everything that is compared runs in turn in one process. Times are lower quartiles. Read the ratios: absolute
 times belong to the machine named in the first line. "met" and "NOT met" judge a figure against the bar set for it.
 """
@@ -49,6 +52,10 @@ MODEL_BARS = {
     ("vmamba_tiny_s1l8", 224, False, "scan share"): Bar(0.1, at_least=False),
     ("vmamba_tiny_s1l8", 224, True, "time ratio"): Bar(1.3, at_least=False),
 }
+SEGMENTER_BARS = {
+    "umamba_bot_3d": {"time ratio": Bar(1.1, at_least=False)},
+    "umamba_enc_3d": {"time ratio": Bar(1.6, at_least=False), "memory ratio": Bar(1.3, at_least=False)},
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,7 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmark.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("ops", "layers", "models", "convs5"), help="Scans, layers, models, video.")
+    parser.add_argument(
+        "what",
+        choices=("ops", "layers", "models", "convs5", "segmenters"),
+        help="Scans, layers, models, video, or U-Mamba.",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1).")
     parser.add_argument(
         "--repeats", type=int, default=0, metavar="N", help="Timed runs (default: 30 ops, 7 models, else 10)."
@@ -64,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", choices=tuple(benchmark.OPS), metavar="NAME", help="Scans to measure.")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="Models to compare, ours or timm's.")
     parser.add_argument("--img-size", type=int, default=224, metavar="PX", help="Side of the image for --models.")
+    parser.add_argument("--volume", nargs=3, type=int, metavar="PX", help="Size of both volumes of segmenters.")
     parser.add_argument("--train", action="store_true", help="Forward and backward instead of forward, for --models.")
     return parser
 
@@ -193,6 +205,25 @@ def print_convs5(repeats: int, frames: int = 300, lengths: tuple[int, int] = (50
     print_figure("packed / padded clips/s", packed["clips/s"], Bar(1.5))
 
 
+def print_segmenter(name: str, volume: Sequence[int] | None, repeats: int) -> None:
+    """Time of a forward pass and memory of a training step, beside the twin's."""
+    size, training_size = volume or segmenters.VOLUME, volume or segmenters.TRAINING_VOLUME
+    twin, bars = f"{name}_nossm", SEGMENTER_BARS[name]
+    times = segmenters.forward_times((name, twin), size, repeats)
+    print(f"{name}: forward at {_cross(size)} {times[name]:.0f} ms, twin {times[twin]:.0f} ms", flush=True)
+    print_figure("time ratio", times[name] / times[twin], bars["time ratio"])
+    ours, theirs = (segmenters.training_memory(each, training_size) for each in (name, twin))
+    if ours is None or theirs is None:
+        print("  memory is measured on Linux alone")
+        return
+    print(f"  training at {_cross(training_size)} {ours:.0f} MiB, twin {theirs:.0f} MiB")
+    print_figure("memory ratio", ours / theirs, bars.get("memory ratio"))
+
+
+def _cross(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmarks and prints them; returns the exit status."""
     args = build_parser().parse_args(argv)
@@ -206,6 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.what == "convs5":
         print_convs5(args.repeats or 10)
+        return 0
+    if args.what == "segmenters":
+        for name in SEGMENTER_BARS:
+            print_segmenter(name, args.volume, args.repeats or 5)
         return 0
     pairs = list(PAIRS)
     if args.models:

@@ -10,6 +10,10 @@ from . import (  # noqa: F401
     ultralight_vm_unet,
     umamba,
     unet,
+    upernet,
     vivim,
     vm_unet,
 )
+from ._encoder_weights import load_encoder
+
+__all__ = ["load_encoder"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from ssmvision.layers.vss_block import VSSBlock
+from ssmvision.models import vmamba
+from ssmvision.models._official import rename
 from ssmvision.segmentation._mixers import MakeMixer
 
-__all__ = ["VSS_RENAMES", "PatchExpand", "VSSLayer", "make_layer"]
+__all__ = ["VSS_RENAMES", "PatchExpand", "VSSLayer", "from_vmamba", "make_layer"]
 
 # Official key → ours, of blocks, and of the stem where it is VMamba's.
 VSS_RENAMES = (
@@ -18,6 +21,20 @@ VSS_RENAMES = (
     (r"\bpatch_embed\.proj\.", "patch_embed.conv1."),
     (r"\bpatch_embed\.norm\.", "patch_embed.norm1."),
 )
+
+
+def from_vmamba(
+    weights: Mapping[str, Tensor], model: nn.Module, places: Iterable[tuple[str, Any]]
+) -> dict[str, Tensor]:
+    """Weights of VMamba, official or ours, under the keys of a segmenter.
+
+    Args:
+        weights: Those of any generation; only v0 has blocks that fit.
+        model: The segmenter.
+        places: (pattern, replacement) from our keys of VMamba, such as `stages.1.downsample.norm.weight`.
+    """
+    ours = vmamba.checkpoint_filter_fn(dict(weights), model)
+    return {rename(key, places): value for key, value in ours.items()}
 
 
 class VSSLayer(nn.Module):

@@ -128,6 +128,7 @@ class HVMUNet(SixStages):
     nothing reads (`complex_weight`), because official checkpoints do; it takes no gradients.
 
     Args:
+        spatial_dims: 2.
         in_channels: Input channels.
         out_channels: Classes.
         dims: Channels of the six stages, multiples of 4; those of stage i > 1 also of 2^(i - 1).
@@ -138,11 +139,11 @@ class HVMUNet(SixStages):
         drop_path_rate: Largest stochastic depth rate.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
         sigmoid: Give probabilities, as the official network does for any number of classes.
-        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
         self,
+        spatial_dims: int = 2,
         in_channels: int = 3,
         out_channels: int = 1,
         dims: Sequence[int] = (8, 16, 32, 64, 128, 256),
@@ -153,7 +154,6 @@ class HVMUNet(SixStages):
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
         sigmoid: bool = False,
-        spatial_dims: int = 2,
     ) -> None:
         check_spatial_dims("H-vmunet", spatial_dims, 2)
         check_dims("H-vmunet", dims)

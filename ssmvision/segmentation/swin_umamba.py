@@ -22,7 +22,7 @@ from ssmvision.segmentation._blocks import drop_path_rates
 from ssmvision.segmentation._mixers import MakeMixer, ss2d_or_twin
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 from ssmvision.segmentation._unetr import UNETR_RENAMES, ResBlock, UpBlock
-from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, make_layer
+from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, from_vmamba, make_layer
 
 __all__ = ["SwinUMamba", "SwinUMambaD"]
 
@@ -59,7 +59,10 @@ class VSSEncoder(nn.Module):
 class SwinUMamba(nn.Module):
     """Swin-UMamba: (b, in_channels, h, w) → logits (b, out_channels, h, w), for sides that are multiples of 32.
 
+    `load_encoder` gives the encoder the weights of VMamba-T, as the paper does; those of its stem fit D alone.
+
     Args:
+        spatial_dims: 2.
         in_channels: Input channels.
         out_channels: Classes.
         features: Channels of each resolution, of the stem (Swin-UMamba alone has one) and of each stage; None for 48,
@@ -70,23 +73,27 @@ class SwinUMamba(nn.Module):
         d_state: Size of the state of the scans.
         drop_path_rate: Largest stochastic depth rate of the encoder.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
-        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     name = "Swin-UMamba"
     default_features: tuple[int, ...] = (48, 96, 192, 384, 768)
+    backbone, encoder_keys = "vmamba_v0_tiny", "vssm_encoder."
+    _places: tuple[tuple[str, Any], ...] = (
+        (r"^stages\.(\d)\.downsample", lambda match: f"vssm_encoder.downsamples.{int(match[1]) - 1}"),
+        (r"^stages", "vssm_encoder.layers"),
+    )
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        spatial_dims: int = 2,
+        in_channels: int = 1,
+        out_channels: int = 2,
         features: Sequence[int] | None = None,
         depths: Sequence[int] = (2, 2, 9, 2),
         deep_supervision: bool = False,
         d_state: int = 16,
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
-        spatial_dims: int = 2,
     ) -> None:
         check_spatial_dims(self.name, spatial_dims, 2)
         super().__init__()
@@ -113,6 +120,10 @@ class SwinUMamba(nn.Module):
         self.last = ResBlock(2, features[0], features[0])
         self.out_layers = nn.ModuleList(nn.Conv2d(dim, out_channels, 1) for dim in features[:-1])
         self.deep_supervision = deep_supervision
+
+    def from_backbone(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of VMamba v0 under our keys."""
+        return from_vmamba(weights, self, self._places)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(b, in_channels, h, w) → (b, out_channels, h, w), or a list with `deep_supervision`."""
@@ -170,6 +181,7 @@ class SwinUMambaD(SwinUMamba):
 
     name = "Swin-UMamba-D"
     default_features = (96, 192, 384, 768)
+    _places = (*SwinUMamba._places, (r"^patch_embed", "vssm_encoder.patch_embed"))
 
     def _make_encoder(
         self, features: Sequence[int], depths: Sequence[int], make: MakeMixer, drop_path_rate: float
@@ -215,12 +227,12 @@ def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialMod
         dims = kwargs.get("dims", 96)
         dims = [dims * 2**i for i in range(len(shared["depths"]))] if isinstance(dims, int) else list(dims)
         _demand("features_per_stage", kwargs, dims)
-        d = SwinUMambaD(kwargs.get("in_chans", 3), kwargs["num_classes"], dims, **shared)
+        d = SwinUMambaD(2, kwargs.get("in_chans", 3), kwargs["num_classes"], dims, **shared)
         return OfficialModel(d, lambda name: [Tap(name, as_is if "seg_layers" in name else nhwc)])
     features = list(kwargs.get("feat_size", (48, 96, 192, 384, 768)))
     _demand("dims", kwargs, features[1:])
     _demand("hidden_size", kwargs, features[-1])
-    model = SwinUMamba(kwargs.get("in_chans", 1), kwargs.get("out_chans", 13), features, **shared)
+    model = SwinUMamba(2, kwargs.get("in_chans", 1), kwargs.get("out_chans", 13), features, **shared)
     return OfficialModel(model, lambda name: [Tap(_ours(name), nhwc if name.startswith("vssm_encoder") else as_is)])
 
 
@@ -236,7 +248,9 @@ def _cfg(*input_size: int, **fields: Any) -> NetworkCfg:
         "origin_url": "https://github.com/JiarunLiu/Swin-UMamba", "license": "Apache-2.0", "input_size": input_size,
         "by_hand": "the Google Drive folder linked in https://github.com/JiarunLiu/Swin-UMamba",
         "results_source": "https://arxiv.org/abs/2402.03302",
-        "caveats": ("The results rest on an encoder trained on ImageNet; this one starts from random weights.",),
+        "caveats": (
+            "The results rest on an encoder trained on ImageNet, with which encoder_weights=True starts this one.",
+        ),
     }  # fmt: skip
     return NetworkCfg(**(common | fields))
 

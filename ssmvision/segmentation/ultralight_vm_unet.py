@@ -50,6 +50,7 @@ class UltraLightVMUNet(SixStages):
     """UltraLight VM-UNet: (b, in_channels, h, w) → logits (b, out_channels, h, w), for sides that are multiples of 32.
 
     Args:
+        spatial_dims: 2.
         in_channels: Input channels.
         out_channels: Classes.
         dims: Channels of the six stages, multiples of 4.
@@ -58,11 +59,11 @@ class UltraLightVMUNet(SixStages):
         d_state: Size of the state of the scans.
         mixer: "mamba", or "none" for gated convolutions instead.
         sigmoid: Give probabilities, as the official network does for any number of classes.
-        spatial_dims: 2 and nothing else, for callers that state it.
     """
 
     def __init__(
         self,
+        spatial_dims: int = 2,
         in_channels: int = 3,
         out_channels: int = 1,
         dims: Sequence[int] = (8, 16, 24, 32, 48, 64),
@@ -71,7 +72,6 @@ class UltraLightVMUNet(SixStages):
         d_state: int = 16,
         mixer: str = "mamba",
         sigmoid: bool = False,
-        spatial_dims: int = 2,
     ) -> None:
         check_spatial_dims("UltraLight VM-UNet", spatial_dims, 2)
         check_dims("UltraLight VM-UNet", dims)

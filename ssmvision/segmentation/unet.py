@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -18,36 +17,23 @@ from ssmvision.layers import SS2D, BiMamba, Chimera, Mamba, Mamba2
 from ssmvision.models._networks import register_network
 from ssmvision.ops import routes
 from ssmvision.segmentation._blocks import CONVS, TRANSPOSED_CONVS, ConvNormAct, Decoder
-from ssmvision.segmentation._mixers import check_mixer, in_full_precision, mamba_or_twin
+from ssmvision.segmentation._mixers import in_full_precision, mamba_or_twin
+from ssmvision.segmentation._pyramids import PyramidNetwork, cropped, padded, register_over_encoders
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
 
 __all__ = ["MIXERS", "SS3D", "MixerUNet", "UNet2d"]
 
 
-def _padded(x: Tensor, stride: int) -> Tensor:
-    """Maps (b, c, *size) with zeros at their ends, up to a multiple of `stride` that is at least the second.
-
-    Training cannot normalize a map of one position, so the coarsest one gets two along each axis.
-    """
-    short = [max(2, math.ceil(side / stride)) * stride - side for side in x.shape[2:]]
-    return F.pad(x, [pad for missing in reversed(short) for pad in (0, missing)]) if any(short) else x
-
-
-def _cropped(x: Tensor, size: Sequence[int]) -> Tensor:
-    for axis, side in enumerate(size, start=2):
-        x = x.narrow(axis, 0, side)
-    return x
-
-
-class UNet2d(nn.Module):
+class UNet2d(PyramidNetwork):
     """A backbone and a decoder of up-convolution, concatenation with the skip and two convolutions per step.
 
     Logits (b, out_channels, h, w) for images (b, in_channels, h, w) of any size: zeros fill them up to the stride.
 
     Args:
-        encoder: Name of a hierarchical backbone of this package or of timm.
+        spatial_dims: 2.
         in_channels: Input channels.
         out_channels: Classes, the background included.
+        encoder: Name of a hierarchical backbone of this package or of timm.
         decoder_channels: Channels after each step of the decoder, coarsest first: one for every map of the encoder
             but the last, then one for each halving of the first map's stride.
         encoder_kwargs: Further arguments of the backbone, such as `pretrained=True`.
@@ -58,27 +44,23 @@ class UNet2d(nn.Module):
 
     def __init__(
         self,
-        encoder: str,
+        spatial_dims: int = 2,
         in_channels: int = 3,
         out_channels: int = 2,
+        encoder: str = "vmamba_tiny_s1l8",
         decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
         encoder_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.encoder = _backbone(encoder, in_channels, encoder_kwargs or {})
-        info: Any = self.encoder.feature_info
-        self.stride = info.reduction()[-1]
-        self.channels_last = str(getattr(self.encoder, "output_fmt", "NCHW")).endswith("NHWC")
-        widths, steps = info.channels(), _steps(encoder, info.reduction())
+        super().__init__(spatial_dims, in_channels, out_channels, encoder, encoder_kwargs)
+        steps = _steps(self.reductions)
         if len(decoder_channels) != len(steps):
             raise ValueError(
                 f"UNet2d: {encoder} needs {len(steps)} decoder_channels, one for each step to full resolution, not "
                 f"{len(decoder_channels)}"
             )
         self.decoder = Decoder(deep_supervision=False)
-        skips = [*reversed(widths[:-1]), *[0] * (len(steps) - len(widths) + 1)]
-        below = widths[-1]
+        skips = [*reversed(self.widths[:-1]), *[0] * (len(steps) - len(self.widths) + 1)]
+        below = self.widths[-1]
         for step, skip, channels in zip(steps, skips, decoder_channels, strict=True):
             block = _two_convs(2, channels + skip, channels)
             self.decoder.add_stage(
@@ -87,37 +69,17 @@ class UNet2d(nn.Module):
             below = channels
         self.head = nn.Conv2d(below, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, in_channels, h, w) → logits (b, out_channels, h, w)."""
-        check_input("UNet2d", x, self.in_channels, (1, 1))
-        size = x.shape[2:]
-        maps = self.encoder(_padded(x, self.stride))
-        x = self.decoder([m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps)
-        return _cropped(self.head(x), size)
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        """Maps, finest first → logits (b, out_channels, h, w)."""
+        return self.head(self.decoder(maps))
 
 
-def _backbone(name: str, in_channels: int, kwargs: Mapping[str, Any]) -> nn.Module:
-    if not timm.is_model(name):
-        raise ValueError(f"UNet2d: there is no encoder named {name!r}; timm.list_models() names all")
-    try:
-        return timm.create_model(name, features_only=True, in_chans=in_channels, **kwargs)
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            f"UNet2d: the encoder must be a hierarchical backbone; {name} gives no maps: {error}"
-        ) from error
-
-
-def _steps(name: str, reductions: Sequence[int]) -> list[int]:
+def _steps(reductions: Sequence[int]) -> list[int]:
     """Factors from the coarsest map to the finest, and on to the input in halves."""
-    pairs = list(pairwise(reductions))
-    if not pairs or any(coarse <= fine or coarse % fine for fine, coarse in pairs):
-        raise ValueError(
-            f"UNet2d: the encoder must be a hierarchical backbone, each map coarser than the one before; {name} has "
-            f"strides {tuple(reductions)}"
-        )
     first = reductions[0]
     halves = first.bit_length() - 1
-    return [coarse // fine for fine, coarse in reversed(pairs)] + ([2] * halves if first == 2**halves else [first])
+    steps = [coarse // fine for fine, coarse in pairwise(reductions)][::-1]
+    return steps + ([2] * halves if first == 2**halves else [first])
 
 
 def _two_convs(spatial_dims: int, in_channels: int, channels: int) -> nn.Sequential:
@@ -253,79 +215,37 @@ class MixerUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, *size) → logits (b, out_channels, *size)."""
         check_input("MixerUNet", x, self.in_channels, (1,) * self.spatial_dims)
-        skips = [self.stem(_padded(x, self.stride))]
+        skips = [self.stem(padded(x, self.stride))]
         for stage in self.stages:
             skips.append(stage(skips[-1]))
-        return _cropped(self.head(self.decoder(skips)), x.shape[2:])
+        return cropped(self.head(self.decoder(skips)), x.shape[2:])
 
 
-_OWN = "The combination is this package's own: it has neither weights nor reported results."
+_CFG = NetworkCfg(
+    paper_name="U-Net: Convolutional Networks for Biomedical Image Segmentation",
+    paper_ids="arXiv:1505.04597",
+    origin_url="https://arxiv.org/abs/1505.04597",
+    license="Apache-2.0",
+)
+
+register_over_encoders("unet", "U-Net", UNet2d, _CFG, decoder_channels=(64, 32, 16, 8, 8))
+
+_OWN = replace(_CFG, caveats=("The combination is this package's own: it has neither weights nor reported results.",))
 
 
-def _cfg(*input_size: int, **fields: Any) -> NetworkCfg:
-    common = {
-        "paper_name": "U-Net: Convolutional Networks for Biomedical Image Segmentation",
-        "paper_ids": "arXiv:1505.04597", "origin_url": "https://arxiv.org/abs/1505.04597", "license": "Apache-2.0",
-        "input_size": input_size, "caveats": (_OWN,),
-    }  # fmt: skip
-    return NetworkCfg(**(common | fields))
-
-
-# Encoder, its widths and depths of the ConvNeXt that stands in its place in the twin (whole networks differ by less
-# than 3 % in parameters), input size of a micro network, arguments of the U-Net.
-_UNETS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "unet_vmamba_tiny": ("vmamba_tiny_s1l8", (96, 192, 384, 768), (3, 3, 10, 3), (), {}),
-    "unet_mambavision_tiny": ("mambavision_tiny", (80, 160, 320, 640), (3, 3, 15, 5), (), {}),
-    "unet_vssd_tiny": ("vssd_tiny", (64, 128, 256, 512), (3, 3, 15, 7), (), {}),
-    "unet_efficientvmamba_tiny": ("efficientvmamba_tiny", (48, 96, 192, 384), (2, 2, 6, 3), (), {}),
-    "test_unet": (
-        "test_vmamba",
-        (16, 32, 64, 128),
-        (1, 1, 5, 1),
-        (3, 64, 64),
-        {"decoder_channels": (64, 32, 16, 8, 8)},
-    ),
-}
-
-
-def _register_unet(name: str) -> None:
-    encoder, dims, depths, size, args = _UNETS[name]
-
-    def entrypoint(mixer: str = "ssm", spatial_dims: int = 2, **kwargs: Any) -> UNet2d:
-        check_mixer(name, mixer, "ssm")
-        check_spatial_dims(name, spatial_dims, 2)
-        if mixer == "none":
-            kwargs["encoder_kwargs"] = {"dims": dims, "depths": depths} | (kwargs.get("encoder_kwargs") or {})
-        return UNet2d(encoder if mixer == "ssm" else "convnext_tiny", **(args | kwargs))
-
-    entrypoint.__name__ = name
-    entrypoint.__doc__ = f"U-Net with {encoder} as its encoder."
-    twin = "The twin has another encoder in the place of the whole one, so what differs is more than the SSM."
-    instead = f"a ConvNeXt of widths {dims} and depths {depths} in the place of the encoder {encoder}"
-    weights = (
-        f'Pretrained weights of the encoder (encoder_kwargs={{"pretrained": True}}) keep the licence that the card of '
-        f"{encoder} states; some allow no commercial use."
-    )
-    register_network(_cfg(*size, caveats=(_OWN, twin, weights), instead=instead), twin=True)(entrypoint)
-
-
-for _name in _UNETS:
-    _register_unet(_name)
-
-
-@register_network(_cfg(), twin=True)
+@register_network(_OWN, twin=True)
 def ssm_unet_2d(**kwargs: Any) -> MixerUNet:
     """U-Net of images with Mamba, or another mixer, in every stage but the finest."""
     return MixerUNet(**({"spatial_dims": 2, "in_channels": 1, "out_channels": 2} | kwargs))
 
 
-@register_network(_cfg(), twin=True)
+@register_network(_OWN, twin=True)
 def ssm_unet_3d(**kwargs: Any) -> MixerUNet:
     """U-Net of volumes with Mamba, or another mixer, in every stage but the finest."""
     return MixerUNet(**({"spatial_dims": 3, "in_channels": 1, "out_channels": 2} | kwargs))
 
 
-@register_network(_cfg(1, 8, 16, 16), twin=True)
+@register_network(replace(_OWN, input_size=(1, 8, 16, 16)), twin=True)
 def test_ssm_unet(**kwargs: Any) -> MixerUNet:
     """A micro network for tests."""
     args: dict[str, Any] = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (8, 12, 20)}

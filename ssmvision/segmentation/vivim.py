@@ -122,9 +122,10 @@ class Vivim(nn.Module):
 
     The third scan of every Mamba layer cuts the clip into 5 pieces, so the number of frames must be a multiple of 5;
     sides are 32 or more. Official checkpoints hold a norm per stage and a classifier that nothing reads: they are kept,
-    without gradients.
+    without gradients. `load_encoder` takes a file of SegFormer under the keys of transformers, encoder and decoder.
 
     Args:
+        spatial_dims: 3.
         in_channels: Input channels.
         out_channels: Classes.
         dims: Channels of each stage.
@@ -138,11 +139,14 @@ class Vivim(nn.Module):
         drop_rate: Dropout before the logits.
         drop_path_rate: Largest stochastic depth rate.
         mixer: "mamba", or "none" for gated convolutions instead.
-        spatial_dims: 3 and nothing else, for callers that state it.
     """
+
+    backbone, encoder_keys = "", ("patch_embeds.", "blocks.")
+    backbone_license = "NVIDIA's licence of SegFormer, non-commercial"
 
     def __init__(
         self,
+        spatial_dims: int = 3,
         in_channels: int = 3,
         out_channels: int = 1,
         dims: Sequence[int] = (64, 128, 320, 512),
@@ -156,7 +160,6 @@ class Vivim(nn.Module):
         drop_rate: float = 0.1,
         drop_path_rate: float = 0.0,
         mixer: str = "mamba",
-        spatial_dims: int = 3,
     ) -> None:
         check_spatial_dims("Vivim", spatial_dims, 3)
         super().__init__()
@@ -201,6 +204,10 @@ class Vivim(nn.Module):
         resized = [F.interpolate(each, size, mode="bilinear").unflatten(0, (-1, frames)) for each in logits]
         clips = [each.transpose(1, 2) for each in resized]
         return clips if len(clips) > 1 else clips[0]
+
+    def from_backbone(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of SegFormer, under the keys of transformers, under ours."""
+        return {rename(key, (*_SEGFORMER_RENAMES, *_RENAMES)): value for key, value in weights.items()}
 
     def _check(self, x: Tensor) -> None:
         check_input("Vivim", x, self.in_channels, (1, 1, 1))
@@ -247,6 +254,13 @@ _RENAMES = (
     (r"\.attention\.self\.", ".attn."),
     (r"\.mlp\.dense(\d)\.", r".mlp.fc\1."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
+)
+
+
+# Key of SegFormer in transformers → that of the official Vivim around it.
+_SEGFORMER_RENAMES = (
+    (r"^segformer\.encoder\.", "encoder.downsample_layers."),
+    (r"^decode_head\.", "decoder."),
 )
 
 

@@ -7,6 +7,7 @@ Official code (Apache-2.0): https://github.com/JCruan519/VM-UNet and https://git
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,7 @@ from ssmvision.models._official import OfficialModel, Tap, nhwc, rename
 from ssmvision.segmentation._blocks import drop_path_rates
 from ssmvision.segmentation._mixers import MakeMixer, ss2d_or_twin
 from ssmvision.segmentation._shapes import check_input, check_spatial_dims
-from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, VSSLayer, make_layer
+from ssmvision.segmentation._vss import VSS_RENAMES, PatchExpand, VSSLayer, from_vmamba, make_layer
 
 __all__ = ["VMUNet", "VMUNetV2"]
 
@@ -46,12 +47,22 @@ def _right_channels(in_channels: int) -> tuple[int, ...]:
     return (1, 3) if in_channels == 3 else (in_channels,)
 
 
+# Key of VMamba → ours: stages begin with their downsampling there and end with it here.
+_PLACES = (
+    (r"^stages\.(\d)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample"),
+    (r"^stages", "layers"),
+)
+
+
 class VMUNet(nn.Module):
     """VM-UNet: (b, in_channels, h, w) → logits (b, out_channels, h, w), for sides that are multiples of 32.
 
     A skip is added before the upsampling that follows it, so the first stage's own input never serves as one.
+    `load_encoder` starts it as the authors do: every stage of the encoder with the first blocks of VMamba-S, and its
+    mirror in the decoder with the same.
 
     Args:
+        spatial_dims: 2.
         in_channels: Input channels; where they are 3, pictures of one channel are repeated to 3 as officially.
         out_channels: Classes.
         dims: Channels of each stage, doubling.
@@ -61,11 +72,13 @@ class VMUNet(nn.Module):
         drop_path_rate: Largest stochastic depth rate.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
         sigmoid: Give probabilities, as the official network of one class does.
-        spatial_dims: 2 and nothing else, for callers that state it.
     """
+
+    backbone, encoder_keys = "vmamba_v0_small", ("patch_embed.", "layers.")
 
     def __init__(
         self,
+        spatial_dims: int = 2,
         in_channels: int = 3,
         out_channels: int = 1,
         dims: Sequence[int] = (96, 192, 384, 768),
@@ -75,7 +88,6 @@ class VMUNet(nn.Module):
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
         sigmoid: bool = False,
-        spatial_dims: int = 2,
     ) -> None:
         check_spatial_dims("VM-UNet", spatial_dims, 2)
         super().__init__()
@@ -107,14 +119,24 @@ class VMUNet(nn.Module):
         x = self.final_conv(self.final_up(x))
         return x.sigmoid() if self.sigmoid else x
 
+    def from_backbone(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of VMamba v0 under our keys, those of blocks also under the keys of the mirrored decoder."""
+        found, own = from_vmamba(weights, self, _PLACES), self.state_dict()
+        mirrors = {re.sub(r"^layers\.(\d)", self._mirror, key): value for key, value in found.items()}
+        return {key: value for key, value in mirrors.items() if key in own} | found
+
+    def _mirror(self, match: re.Match[str]) -> str:
+        return f"layers_up.{len(self.layers) - 1 - int(match[1])}"
+
 
 class ChannelAttention(nn.Module):
     """Channels weighted by an MLP of their means and maxima (CBAM, arXiv:1807.06521)."""
 
     def __init__(self, dim: int, reduction: int = 16) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, dim // reduction, 1, bias=False)
-        self.fc2 = nn.Conv2d(dim // reduction, dim, 1, bias=False)
+        hidden = max(1, dim // reduction)
+        self.fc1 = nn.Conv2d(dim, hidden, 1, bias=False)
+        self.fc2 = nn.Conv2d(hidden, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, dim, h, w) → the same."""
@@ -178,8 +200,10 @@ class VMUNetV2(nn.Module):
     The pyramid is made of the four stages' inputs, so the fourth stage is never run; it, two heads and a deconvolution
     exist because official checkpoints hold them, and take no gradients. Officially maps are resized to squares, so
     only square inputs work; here each is resized to the sides of its anchor, which for squares is the same.
+    `load_encoder` gives the encoder the weights of VMamba-T, whose depths are these.
 
     Args:
+        spatial_dims: 2.
         in_channels: Input channels; where they are 3, pictures of one channel are repeated to 3 as officially.
         out_channels: Classes.
         mid_channel: Channels of the decoder; the stages have 2, 4, 8 and 16 times as many.
@@ -191,11 +215,13 @@ class VMUNetV2(nn.Module):
         drop_path_rate: Largest stochastic depth rate.
         mixer: "ss2d", or "none" for gated convolutions instead of the scans.
         sigmoid: Give probabilities, as the official network does.
-        spatial_dims: 2 and nothing else, for callers that state it.
     """
+
+    backbone, encoder_keys = "vmamba_v0_tiny", ("patch_embed.", "layers.")
 
     def __init__(
         self,
+        spatial_dims: int = 2,
         in_channels: int = 3,
         out_channels: int = 1,
         mid_channel: int = 48,
@@ -206,7 +232,6 @@ class VMUNetV2(nn.Module):
         drop_path_rate: float = 0.0,
         mixer: str = "ss2d",
         sigmoid: bool = False,
-        spatial_dims: int = 2,
     ) -> None:
         check_spatial_dims("VM-UNetV2", spatial_dims, 2)
         super().__init__()
@@ -243,6 +268,10 @@ class VMUNetV2(nn.Module):
             half = self._head(decoded, 2)
             logits = logits + self.half_up(half.flatten(0, 1).unsqueeze(1)).view_as(logits)
         return logits.sigmoid() if self.sigmoid else logits
+
+    def from_backbone(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of VMamba v0 under our keys."""
+        return from_vmamba(weights, self, _PLACES)
 
     def _head(self, decoded: Sequence[Tensor], index: int) -> Tensor:
         return F.interpolate(self.seg_outs[index](decoded[index]), scale_factor=4.0, mode="bilinear")

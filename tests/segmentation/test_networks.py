@@ -65,10 +65,11 @@ def test_twin_has_as_many_parameters_and_no_ssm(name: str) -> None:
     assert not any(key.endswith(SSM_PARAMETERS) for key in other.state_dict())
 
 
-@pytest.mark.parametrize("name", WITH_SSM)
-def test_exports(name: str) -> None:
+@pytest.mark.parametrize("name", MICRO)
+def test_exports(name: str, tmp_path: Path) -> None:
     model, x = _build(name).eval(), _input(name)
-    program = torch.export.export(model, (x,))
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "network.pt2")
+    program = torch.export.load(tmp_path / "network.pt2")
     with torch.no_grad():
         torch.testing.assert_close(_logits(program.module()(x)), _logits(model(x)), rtol=1e-4, atol=1e-4)
 
@@ -87,7 +88,7 @@ def test_reloads(name: str, tmp_path: Path) -> None:
 # On maps of 2 x 2 x 4 voxels torch 2.14 computes the bfloat16 weight gradients of a Conv3d with 16 or 32 channels, on
 # the CPU, from uninitialized memory (NaN in 37 of 60 runs of the layer alone); micro networks have other widths there.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", WITH_SSM)
+@pytest.mark.parametrize("name", MICRO)
 def test_large_inputs_stay_finite_under_autocast(name: str, dtype: torch.dtype) -> None:
     model, x = _build(name).train(), 1e3 * _input(name, batch=2)
     with torch.autocast("cpu", dtype):
@@ -119,11 +120,11 @@ def test_a_monai_bundle_builds_it(name: str) -> None:
         torch.testing.assert_close(windows, torch.cat([logits, logits], dim=2), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", WITH_SSM)
+@pytest.mark.parametrize("name", MICRO)
 def test_inputs_that_do_not_fit_are_refused_in_a_sentence(name: str) -> None:
     model, x = _build(name).eval(), _input(name)
     for wrong in (torch.cat([x] * 4, dim=1), x[:, :0], x[0], x[..., 0], x[..., None]):
-        with pytest.raises(ValueError, match=r"\w"):
+        with pytest.raises(ValueError, match=r"(takes|built for|needs|fix) [^\n]+$"):
             model(wrong)
     for axis in range(2, x.dim()):
         odd = torch.cat([x, x.narrow(axis, 0, 1)], dim=axis)

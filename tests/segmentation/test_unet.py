@@ -41,13 +41,13 @@ def test_every_mixer_trains_at_an_odd_size(mixer: str, spatial_dims: int) -> Non
 @pytest.mark.parametrize("encoder", ["test_vmamba", "test_convnext", "test_resnet"])
 def test_any_pyramid_is_an_encoder(encoder: str) -> None:
     torch.manual_seed(0)
-    model = UNet2d(encoder, 2, 3, **NARROW).eval()
+    model = UNet2d(2, 2, 3, encoder, **NARROW).eval()
     assert model(torch.randn(1, 2, 45, 71)).shape == (1, 3, 45, 71)
     assert model(torch.randn(1, 2, 1, 3)).shape == (1, 3, 1, 3)
 
 
 def test_maps_with_the_channels_last() -> None:
-    model = UNet2d("mambaout_femto", 3, 2, encoder_kwargs={"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}).eval()
+    model = UNet2d(2, 3, 2, "mambaout_femto", encoder_kwargs={"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}).eval()
     assert model.channels_last
     assert model(torch.randn(1, 3, 33, 64)).shape == (1, 2, 33, 64)
 
@@ -100,9 +100,9 @@ def test_the_volume_scan_commutes_with_reversal_where_its_routes_share_their_dyn
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: UNet2d("vmamba_enormous"), "no encoder named 'vmamba_enormous'"),
-        (lambda: UNet2d("test_vit"), "must be a hierarchical backbone.*test_vit"),
-        (lambda: UNet2d("test_vmamba", decoder_channels=(8, 8)), "needs 5 decoder_channels.*not 2"),
+        (lambda: UNet2d(encoder="vmamba_enormous"), "no encoder named 'vmamba_enormous'"),
+        (lambda: UNet2d(encoder="test_vit"), "must be a hierarchical backbone.*test_vit"),
+        (lambda: UNet2d(encoder="test_vmamba", decoder_channels=(8, 8)), "needs 5 decoder_channels.*not 2"),
         (lambda: MixerUNet(2, 1, 2, mixer="mamba9"), "mixer must be one of mamba, .* not 'mamba9'"),
         (lambda: MixerUNet(1, 1, 2), "spatial_dims must be 2 or 3, not 1"),
         (lambda: MixerUNet(2, 1, 2, channels=(8,)), r"at least two stages, not \(8,\)"),

@@ -119,3 +119,19 @@ def test_layers_beside_what_bounds_them(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert out.count("whole layer") == 2
     assert out.count("bar <=") == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_segmenters_beside_their_twins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bars = {"time ratio": Bar(1e-9, at_least=False), "memory ratio": Bar(1e9, at_least=False)}
+    monkeypatch.setattr(tool, "SEGMENTER_BARS", {"test_umamba_enc": bars})
+    threads = torch.get_num_threads()
+    try:
+        assert tool.main(["segmenters", "--volume", "16", "32", "64", "--repeats", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    assert "test_umamba_enc: forward at 16 x 32 x 64" in out
+    assert "bar <= 1e-09: NOT met" in out
+    assert "bar <= 1e+09: met" in out

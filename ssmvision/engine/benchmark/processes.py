@@ -44,7 +44,8 @@ print(run(96))
 """
 
 
-def _run(code: str, **environment: str) -> float | None:
+def run_alone(code: str, **environment: str) -> float | None:
+    """The number that a program prints last, run in a process of its own; None where it fails."""
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | environment
     )
@@ -56,7 +57,7 @@ def instruction_set_ratio(narrow: str, wide: str, shape: str, repeats: int = 200
     times: dict[str, list[float]] = {narrow: [], wide: []}
     for _ in range(turns):
         for isa, found in times.items():
-            time = _run(_SCAN.format(shape=shape, repeats=repeats), SSMVISION_ISA=isa)
+            time = run_alone(_SCAN.format(shape=shape, repeats=repeats), SSMVISION_ISA=isa)
             if time is None:
                 return None
             found.append(time)
@@ -68,7 +69,7 @@ def training_memory(tokens: int) -> float | None:
 
     The output and the gradients are counted. Large blocks are made to return to the system when they are freed.
     """
-    return _run(_TRAIN.format(tokens=tokens), MALLOC_MMAP_THRESHOLD_="65536")
+    return run_alone(_TRAIN.format(tokens=tokens), MALLOC_MMAP_THRESHOLD_="65536")
 
 
 def convs5_memory() -> float | None:
@@ -76,4 +77,4 @@ def convs5_memory() -> float | None:
 
     Of 96 frames of 16 x 16 with 64 complex states; None where that is not measured.
     """
-    return _run(_CONVS5, MALLOC_MMAP_THRESHOLD_="65536")
+    return run_alone(_CONVS5, MALLOC_MMAP_THRESHOLD_="65536")
