@@ -10,7 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from . import cpu, triton
 
@@ -37,9 +40,37 @@ def lowered_for_export() -> Iterator[None]:
         _lowering -= 1
 
 
-def is_lowered(requested: str) -> bool:
-    """Whether a call goes to `ops.exportable`, past torch's dispatcher, which an export would record."""
-    return requested == "exportable" or (_lowering > 0 and torch.compiler.is_exporting())
+def shortcut(operator: str, composite: Callable[..., Any], requested: str, *args: Any) -> Any:
+    """The result of a public operator on a way past torch's dispatcher; None if it has to go through it.
+
+    There are two: an export wants operators of torch instead of ours, and a call of which only the result is wanted may
+    run in one piece, in the function `direct` of a backend. Short scans take less time than the dispatcher's layers.
+
+    Args:
+        operator: Its name.
+        composite: What does its work in layers.
+        requested: A backend name.
+        args: All arguments of the operator, tokens first.
+    """
+    if requested == "exportable" or (_lowering > 0 and torch.compiler.is_exporting()):
+        return composite(*args, "exportable")
+    if _watched(args):
+        return None
+    direct = getattr(choose(operator, requested, args[0]), "direct", None)
+    return None if direct is None else direct(*args)
+
+
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float})  # types that take no part in a call
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether anyone looks into a call: autograd, a compiler, a trace, a transform, a mode or a subclass of Tensor."""
+    if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or has_torch_function(args):
+        return True
+    if _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return True
+    graph = torch.is_grad_enabled()
+    return any([type(x) not in _PLAIN or (graph and getattr(x, "requires_grad", False)) for x in args])
 
 
 def run(operator: str, *args: Any) -> Any:
@@ -62,10 +93,15 @@ def choose(operator: str, requested: str, x: Tensor) -> Any:
         ValueError: Unknown backend, or one that cannot run these tensors.
         NativeBuildError: "cpu" was asked for by name and the native library cannot be built.
     """
-    return _module(_resolve(operator, requested, x.device, x.dtype), operator)
+    name = requested if requested != "auto" else os.environ.get("SSMVISION_BACKEND", "auto")
+    return _decide(operator, name, x.device, x.dtype)
 
 
 @functools.cache
+def _decide(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    return _module(_resolve(operator, name, device, dtype), operator)
+
+
 def _module(backend: str, operator: str) -> ModuleType:
     return importlib.import_module(f".{backend}.{operator}", __package__)
 
@@ -75,8 +111,7 @@ def _has(backend: str, operator: str) -> bool:
     return importlib.util.find_spec(f".{backend}.{operator}", __package__) is not None
 
 
-def _resolve(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    name = requested if requested != "auto" else os.environ.get("SSMVISION_BACKEND", "auto")
+def _resolve(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     if name == "reference" or device.type == "meta":

@@ -95,12 +95,13 @@ def selective_scan(
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
         ValueError: A backend that does not exist or cannot run these tensors.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
-        if _backend.is_lowered(backend):
-            return _composite(
-                u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge,
-                "exportable",
-            )  # fmt: skip
+    if not torch.jit.is_scripting():
+        found = _backend.shortcut(
+            "selective_scan", _composite, backend,
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge,
+        )  # fmt: skip
+        if found is not None:
+            return found
     return torch.ops.ssmvision.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge, backend
     )
