@@ -95,6 +95,12 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
       const int64_t end = std::min(d1, block + 2 * LANES);
       load_tile(xs, u + block * s.u.c, s.u.c, s.u.l, steps, int(end - block));
       delta.load(dts, steps, block, int(end - block));
+      prefetch_tile<true>(out + block, s.y.c, s.y.l, steps);
+      if (end == d1 && chunk + 1 < chunks) {
+        const Steps ahead(order, s.steps, chunk + 1, flags);
+        prefetch_tile<false>(u + d0, s.u.c, s.u.l, ahead);
+        if (!s.projection) prefetch_tile<false>(s.delta.at(ib, ik) + d0, s.delta.c, s.delta.l, ahead);
+      }
       vf *dt = dts, *x = xs, *y = ys;
       for (int64_t d = block; d < end; d += LANES, dt += ROOM, x += ROOM, y += ROOM) {
         const int width = int(std::min<int64_t>(LANES, end - d));

@@ -75,6 +75,17 @@ inline void store_lanes(const vf* tile, float* p, int64_t stride_c, int64_t stri
 // stands past the last step of a chunk may be computed with, and is not used.
 constexpr int LOCKSTEP = 5, ROOM = (CHUNK + LOCKSTEP - 1) / LOCKSTEP * LOCKSTEP;
 
+// Asks for the lines of a tile well before they are needed: rows lie too far apart for the hardware to guess.
+template <bool WRITTEN>
+[[gnu::always_inline]] inline void prefetch_tile(const float* p, int64_t stride_c, int64_t stride_l, const Steps& s) {
+  if (stride_c != 1) return;
+  for (int t = 0; t < s.count; ++t) {
+    const float* q = p + s.token[t] * stride_l;
+    __builtin_prefetch(q, WRITTEN, 2);
+    __builtin_prefetch(q + LANES, WRITTEN, 2);
+  }
+}
+
 // A tile holds `width` channels of a chunk's tokens, in vectors: tile[v * ROOM + t] = channels v * LANES ... of token t;
 // lanes past `width` are zero. Two vectors of adjacent channels go together, as they share a cache line.
 inline void load_tile(vf* tile, const float* p, int64_t stride_c, int64_t stride_l, const Steps& s, int width) {
@@ -82,6 +93,7 @@ inline void load_tile(vf* tile, const float* p, int64_t stride_c, int64_t stride
     for (int t = 0; t < s.count; ++t) {
       const float* q = p + s.token[t] * stride_l;
       __builtin_prefetch(q + 2 * LANES, 0, 2);
+      __builtin_prefetch(q + 3 * LANES, 0, 2);
       tile[t] = load(q);
       tile[ROOM + t] = load(q + LANES);
     }
