@@ -40,37 +40,44 @@ def lowered_for_export() -> Iterator[None]:
         _lowering -= 1
 
 
-def shortcut(operator: str, composite: Callable[..., Any], requested: str, *args: Any) -> Any:
+def shortcut(
+    operator: str, composite: Callable[..., Any], direct: Callable[..., Any] | None, requested: str, *args: Any
+) -> Any:
     """The result of a public operator on a way past torch's dispatcher; None if it has to go through it.
 
-    There are two: an export wants operators of torch instead of ours, and a call of which only the result is wanted may
-    run in one piece, in the function `direct` of a backend. Short scans take less time than the dispatcher's layers.
+    There are two: an export wants operators of torch instead of ours, and where only autograd looks into a call, a
+    backend may run it in one piece. A short scan takes less time than the dispatcher's layers.
 
     Args:
         operator: Its name.
         composite: What does its work in layers.
+        direct: What does it with a backend that has a function `direct`, given as first argument; None if it cannot.
         requested: A backend name.
         args: All arguments of the operator, tokens first.
     """
     if requested == "exportable" or (_lowering > 0 and torch.compiler.is_exporting()):
         return composite(*args, "exportable")
-    if _watched(args):
+    if direct is None or _watched(args):
         return None
-    direct = getattr(choose(operator, requested, args[0]), "direct", None)
-    return None if direct is None else direct(*args)
+    backend = choose(operator, requested, args[0])
+    return direct(backend, *args) if hasattr(backend, "direct") else None
 
 
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float})  # types that take no part in a call
 
 
 def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether anyone looks into a call: autograd, a compiler, a trace, a transform, a mode or a subclass of Tensor."""
+    """Whether a compiler, a trace, a transform, a mode or a subclass of Tensor looks into a call."""
     if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or has_torch_function(args):
         return True
     if _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return True
-    graph = torch.is_grad_enabled()
-    return any([type(x) not in _PLAIN or (graph and getattr(x, "requires_grad", False)) for x in args])
+    return any([type(x) not in _PLAIN for x in args])
+
+
+def builds_graph(*args: Any) -> bool:
+    """Whether autograd looks into a call."""
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in args])
 
 
 def run(operator: str, *args: Any) -> Any:

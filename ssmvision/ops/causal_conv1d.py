@@ -58,7 +58,7 @@ def causal_conv1d(
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
     if not torch.jit.is_scripting():
-        found = _backend.shortcut("causal_conv1d", _composite, backend, x, weight, bias, silu, routes, reset)
+        found = _backend.shortcut("causal_conv1d", _composite, None, backend, x, weight, bias, silu, routes, reset)
         if found is not None:
             return found
     return torch.ops.ssmvision.causal_conv1d(x, weight, bias, silu, routes, reset, backend)

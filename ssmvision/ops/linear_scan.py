@@ -61,7 +61,7 @@ def linear_scan(
         ValueError: A backend that does not exist or cannot run these tensors.
     """
     if not torch.jit.is_scripting():
-        found = _backend.shortcut("linear_scan", _composite, backend, a, x, initial_state, reset, reverse)
+        found = _backend.shortcut("linear_scan", _composite, None, backend, a, x, initial_state, reset, reverse)
         if found is not None:
             return found
     return torch.ops.ssmvision.linear_scan(a, x, initial_state, reset, reverse, backend)

@@ -80,7 +80,7 @@ def ssd_scan(
     """
     if not torch.jit.is_scripting():
         found = _backend.shortcut(
-            "ssd_scan", _composite, backend,
+            "ssd_scan", _composite, None, backend,
             x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit[0], dt_limit[1], initial_state, reset,
         )  # fmt: skip
         if found is not None:

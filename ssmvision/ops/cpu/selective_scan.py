@@ -1,25 +1,20 @@
 """`selective_scan` on the CPU: see `csrc/selective_scan_forward.cpp` and `csrc/selective_scan_backward.cpp`."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import Gradients, empty_like_layout, in_float32, no_autocast
 from . import contiguous, slices
 
 
-def direct(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, dt_proj: Tensor | None, initial_state: Tensor | None,
-    reset: Tensor | None, routes: Tensor | None, merge: bool,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """`ops.selective_scan` in one call, without gradients; None unless all is float32 and fits."""
-    y, last = torch.ops.ssmvision_cpu.selective_scan_direct(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge
-    )
-    if y is None or z is None:
-        return None if y is None else (y, last)
-    return (y * F.silu(z), last) if merge and z.shape == y.shape and z.dtype == y.dtype else None
+def direct(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """y without its gate, last state and checkpoints from the arguments of `ops.selective_scan` and whether to save.
+
+    One call in which the library checks and allocates. Nothing comes back unless all is float32 and fits.
+    """
+    return torch.ops.ssmvision_cpu.selective_scan_direct(*args)
 
 
 def forward(

@@ -44,7 +44,7 @@ void call_scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Opt
   for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { scan_forward(s, ib, d0, d1); });
 }
 
-using Direct = std::tuple<Optional, Optional>;  // y and last state; nothing if the arguments are not for this path
+using Direct = std::tuple<Optional, Optional, Optional>;  // outputs; nothing if the arguments are not for this path
 
 bool hold(ScalarType type, std::initializer_list<Optional> tensors) {
   for (const Optional& t : tensors)
@@ -56,24 +56,27 @@ void to_rows(Optional& t) {
   if (t && !t->is_contiguous()) t = torch::stable::contiguous(*t);
 }
 
-// Uninitialized floats (b, k, c, l), or (b, c, l) if `single`, whose channels are adjacent if `channels_last`.
-Tensor allocate(int64_t b, int64_t k, int64_t c, int64_t l, bool channels_last, bool single) {
-  int64_t size[] = {b, k, c, l}, stride[] = {k * c * l, c * l, channels_last ? 1 : l, channels_last ? c : 1};
-  if (single) {
-    size[1] = b;
-    stride[1] = stride[0];
+// Uninitialized floats; with `swap`, the last dimension but one is the one whose elements are adjacent.
+Tensor allocate(std::vector<int64_t> size, bool swap = false) {
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t i = size.size() - 1; i > 0; --i) stride[i - 1] = stride[i] * size[i];
+  if (swap) {
+    stride[size.size() - 2] = 1;
+    stride.back() = size[size.size() - 2];
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4 - single, size + single, stride + single,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(),
       aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-// The whole operator as users call it, for inference: a single scan has no route dimension.
-Direct call_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional bias, bool softplus,
-                        Optional projection, Optional initial, Optional reset, Optional order, bool merge) {
-  if (!hold(ScalarType::Float, {u, delta, A, B, C, D, bias, projection, initial}) || !hold(ScalarType::Bool, {reset}) ||
-      !hold(ScalarType::Long, {order}))
+// The operator as users call it: a single scan has no route dimension. The gate z is only checked, and multiplied with by
+// the caller.
+Direct call_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z, Optional bias,
+                        bool softplus, Optional projection, Optional initial, Optional reset, Optional order, bool merge,
+                        bool save) {
+  if (!hold(ScalarType::Float, {u, delta, A, B, C, D, z, bias, projection, initial}) ||
+      !hold(ScalarType::Bool, {reset}) || !hold(ScalarType::Long, {order}) || (z && !merge))
     return {};
   Optional rows = A;
   for (Optional* t : {&rows, &D, &bias, &projection, &initial, &reset, &order}) to_rows(*t);
@@ -96,23 +99,27 @@ Direct call_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Op
   if (!(batch * d * n * l && x.is({batch, x.size[1] == 1 ? 1 : k, d, l}) && dt.is({batch, k, rank, l}) &&
         b.is({batch, k, b.size[2], n, l}) && c.is({batch, k, c.size[2], n, l}) && groups && d % b.size[2] == 0 &&
         d % c.size[2] == 0 && is(D, parameter, {k, d}) && is(bias, parameter, {k, d}) &&
-        is(projection, parameter, {k, d, rank}) && is(initial, tokens, {batch, k, d, n})))
+        is(projection, parameter, {k, d, rank}) && is(initial, tokens, {batch, k, d, n}) &&
+        (!z || Axes(*z).is({batch, d, l}))))
     return {};
   if (reset && !Axes(*reset).is({batch, l}) && !Axes(*reset).is({batch, 1, l}) && !Axes(*reset).is({batch, k, l})) return {};
   if (order && !(order->dim() == 2 && order->size(0) == k)) return {};
 
   Scan s;
-  describe(s, x, dt, a, b, c, D, bias, projection, reset, order, softplus, merge, std::nullopt,
+  const int64_t steps = order ? order->size(1) : l;
+  Optional checkpoints;
+  if (save) checkpoints = allocate({batch, k, (steps + CHUNK - 1) / CHUNK, n, d});
+  describe(s, x, dt, a, b, c, D, bias, projection, reset, order, softplus, merge, checkpoints,
            slices(batch, d, batch * k * d * n * l));
-  const bool single = merge || !routed;
-  Tensor y = allocate(batch, merge ? 1 : k, d, l, x.stride[2] == 1, single);
-  Tensor last = allocate(batch, k, d, n, true, !routed);
-  if (s.steps != l) std::fill_n(floats(y), y.numel(), 0.f);
-  s.y = single ? view(Axes(y).put(1)) : view(y);
+  const bool per_route = routed && !merge, channels_last = x.stride[2] == 1;
+  Tensor y = per_route ? allocate({batch, k, d, l}, channels_last) : allocate({batch, d, l}, channels_last);
+  Tensor last = routed ? allocate({batch, k, d, n}, true) : allocate({batch, d, n}, true);
+  if (steps != l) std::fill_n(floats(y), y.numel(), 0.f);
+  s.y = per_route ? view(y) : view(Axes(y).put(1));
   s.initial = floats(initial);
   s.last = floats(last);
   for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { scan_forward(s, ib, d0, d1); });
-  return {y, last};
+  return {y, last, checkpoints};
 }
 
 void call_scan_backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D,
@@ -289,8 +296,9 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
       "Tensor? projection, Tensor? initial, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
       "Tensor(a!) y, Tensor(b!) last, Tensor(c!) checkpoints) -> ()");
   m.def(
-      "selective_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? bias, bool softplus, "
-      "Tensor? projection, Tensor? initial, Tensor? reset, Tensor? order, bool merge) -> (Tensor? y, Tensor? last)");
+      "selective_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, "
+      "bool softplus, Tensor? projection, Tensor? initial, Tensor? reset, Tensor? order, bool merge, bool save) "
+      "-> (Tensor? y, Tensor? last, Tensor? checkpoints)");
   m.def(
       "selective_scan_backward(Tensor dy, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? bias, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
