@@ -72,12 +72,12 @@ def _watched(args: tuple[Any, ...]) -> bool:
         return True
     if _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return True
-    return any([type(x) not in _PLAIN for x in args])
+    return not _PLAIN.issuperset(map(type, args))
 
 
 def builds_graph(*args: Any) -> bool:
     """Whether autograd looks into a call."""
-    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in args])
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args)
 
 
 def run(operator: str, *args: Any) -> Any:

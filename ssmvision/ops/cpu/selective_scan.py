@@ -10,9 +10,13 @@ from . import contiguous, slices
 
 
 def direct(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """y without its gate, last state and checkpoints from the arguments of `ops.selective_scan` and whether to save.
+    """`ops.selective_scan` without the product with z, in one call in which the library checks and allocates.
 
-    One call in which the library checks and allocates. Nothing comes back unless all is float32 and fits.
+    Args:
+        args: Those of the public function but the backend, and whether checkpoints are wanted.
+
+    Returns:
+        y, last state and checkpoints; nothing but None unless all tensors are float32 and fit.
     """
     return torch.ops.ssmvision_cpu.selective_scan_direct(*args)
 
