@@ -76,7 +76,8 @@ Direct call_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Op
                         bool softplus, Optional projection, Optional initial, Optional reset, Optional order, bool merge,
                         bool save) {
   if (!hold(ScalarType::Float, {u, delta, A, B, C, D, z, bias, projection, initial}) ||
-      !hold(ScalarType::Bool, {reset}) || !hold(ScalarType::Long, {order}) || (z && !merge))
+      !hold(ScalarType::Bool, {reset}) || !hold(ScalarType::Long, {order}) || u.dim() < 3 || (z && !merge) ||
+      (projection && projection->dim() < 2))
     return {};
   Optional rows = A;
   for (Optional* t : {&rows, &D, &bias, &projection, &initial, &reset, &order}) to_rows(*t);
@@ -110,7 +111,7 @@ Direct call_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Op
   Optional checkpoints;
   if (save) checkpoints = allocate({batch, k, (steps + CHUNK - 1) / CHUNK, n, d});
   describe(s, x, dt, a, b, c, D, bias, projection, reset, order, softplus, merge, checkpoints,
-           slices(batch, d, batch * k * d * n * l));
+           slice_count(batch, d, batch * k * d * n * l));
   const bool per_route = routed && !merge, channels_last = x.stride[2] == 1;
   Tensor y = per_route ? allocate({batch, k, d, l}, channels_last) : allocate({batch, d, l}, channels_last);
   Tensor last = routed ? allocate({batch, k, d, n}, true) : allocate({batch, d, n}, true);
@@ -304,6 +305,7 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
       "Tensor? D, Tensor? bias, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
       "Tensor checkpoints, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, "
       "Tensor(f!)? dD, Tensor(g!)? dbias, Tensor(h!) dinitial) -> ()");
+  m.def("slices(int batch, int channels, int elements) -> int");
   m.def("exp2(Tensor x, int passes, Tensor(a!) out) -> ()");
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? reset, bool silu, int slices, "
@@ -337,4 +339,8 @@ STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
   m.impl("ssd_scan_backward", TORCH_BOX(&ssmvision::call_ssd_backward));
   m.impl("linear_scan", TORCH_BOX(&ssmvision::call_linear_scan_forward));
   m.impl("linear_scan_backward", TORCH_BOX(&ssmvision::call_linear_scan_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CompositeExplicitAutograd, m) {
+  m.impl("slices", TORCH_BOX(&ssmvision::slice_count));
 }

@@ -43,7 +43,7 @@ struct Axes {
     std::copy_n(t.strides().data(), dims, stride);
   }
   Axes& put(int64_t at, int64_t count = 1) {
-    if (dims == MOST) return *this;
+    if (at > dims || dims == MOST) return *this;
     std::copy_backward(size + at, size + dims, size + dims + 1);
     std::copy_backward(stride + at, stride + dims, stride + dims + 1);
     size[at] = count;
@@ -65,7 +65,7 @@ inline View view(const Axes& x) {
 inline GroupedView grouped(const Axes& x) { return {view(x), x.stride[3], x.size[2]}; }
 
 // Into how many channel slices a sample is cut so that every thread has work.
-inline int64_t slices(int64_t batch, int64_t channels, int64_t elements) {
+inline int64_t slice_count(int64_t batch, int64_t channels, int64_t elements) {
   constexpr int64_t LEAST = 1 << 20;  // elements of a task: about 0.3 ms of work, less is not worth waking a second thread
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, elements / LEAST));
   const int64_t wanted = (threads - 1) / std::max<int64_t>(1, batch) + 1;
