@@ -258,7 +258,8 @@ class _Direct(torch.autograd.Function):
         u, _, A, *_ = tensors
         if dy is None:
             dy = u.new_zeros(u.shape[0], 1 if ctx.merge else A.shape[0], *u.shape[2:])
-        dy, dlast = (x if x is None or x.dim() == 4 else x.unsqueeze(1) for x in (dy, dlast))
+        dy = dy if dy.dim() == 4 else dy.unsqueeze(1)
+        dlast = dlast if dlast is None or dlast.dim() == 4 else dlast.unsqueeze(1)
         arguments = (*tensors, routes, ctx.delta_softplus, ctx.merge)
         if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
             with no_autocast(dy):
