@@ -157,8 +157,8 @@ def measure_op(shape: OpShape, repeats: int) -> dict[str, float]:
 
     Returns:
         Milliseconds "forward", "backward" and "train" (both), each alone in a loop; "published forward" and "published
-        train", and "in-turn forward" and "in-turn train" of the native scan between two of those, which leave nothing of
-        it in caches: their quotients are "forward speedup" and "train speedup"; "backward / forward"; "of exp limit"; for
+        train", and "in-turn forward" and "in-turn train" of the native scan between two of them, when nothing of it is
+        in a cache, whose quotients are "forward speedup" and "train speedup"; "backward / forward"; "of exp limit"; for
         four routes "routes / raster"; "output error" and "gradient error" against float64. What takes too long at a
         shape is left out.
 
