@@ -10,7 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from . import cpu, triton
 
@@ -37,9 +40,44 @@ def lowered_for_export() -> Iterator[None]:
         _lowering -= 1
 
 
-def is_lowered(requested: str) -> bool:
-    """Whether a call goes to `ops.exportable`, past torch's dispatcher, which an export would record."""
-    return requested == "exportable" or (_lowering > 0 and torch.compiler.is_exporting())
+def shortcut(
+    operator: str, composite: Callable[..., Any], direct: Callable[..., Any] | None, requested: str, *args: Any
+) -> Any:
+    """The result of a public operator on a way past torch's dispatcher; None if it has to go through it.
+
+    There are two: an export wants operators of torch instead of ours, and where only autograd looks into a call, a
+    backend may run it in one piece. A short scan takes less time than the dispatcher's layers.
+
+    Args:
+        operator: Its name.
+        composite: What does its work in layers.
+        direct: What does it with a backend that has a function `direct`, given as first argument; None if it cannot.
+        requested: A backend name.
+        args: All arguments of the operator, tokens first.
+    """
+    if requested == "exportable" or (_lowering > 0 and torch.compiler.is_exporting()):
+        return composite(*args, "exportable")
+    if direct is None or _watched(args):
+        return None
+    backend = choose(operator, requested, args[0])
+    return direct(backend, *args) if hasattr(backend, "direct") else None
+
+
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float})  # types that take no part in a call
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether a compiler, a trace, a transform, a mode or a subclass of Tensor looks into a call."""
+    if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or has_torch_function(args):
+        return True
+    if _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return True
+    return not _PLAIN.issuperset(map(type, args))
+
+
+def builds_graph(*args: Any) -> bool:
+    """Whether autograd looks into a call."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args)
 
 
 def run(operator: str, *args: Any) -> Any:
@@ -62,10 +100,15 @@ def choose(operator: str, requested: str, x: Tensor) -> Any:
         ValueError: Unknown backend, or one that cannot run these tensors.
         NativeBuildError: "cpu" was asked for by name and the native library cannot be built.
     """
-    return _module(_resolve(operator, requested, x.device, x.dtype), operator)
+    name = requested if requested != "auto" else os.environ.get("SSMVISION_BACKEND", "auto")
+    return _decide(operator, name, x.device, x.dtype)
 
 
 @functools.cache
+def _decide(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    return _module(_resolve(operator, name, device, dtype), operator)
+
+
 def _module(backend: str, operator: str) -> ModuleType:
     return importlib.import_module(f".{backend}.{operator}", __package__)
 
@@ -75,8 +118,7 @@ def _has(backend: str, operator: str) -> bool:
     return importlib.util.find_spec(f".{backend}.{operator}", __package__) is not None
 
 
-def _resolve(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    name = requested if requested != "auto" else os.environ.get("SSMVISION_BACKEND", "auto")
+def _resolve(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     if name == "reference" or device.type == "meta":

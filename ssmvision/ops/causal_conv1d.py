@@ -57,9 +57,10 @@ def causal_conv1d(
     Raises:
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
-        if _backend.is_lowered(backend):
-            return _composite(x, weight, bias, silu, routes, reset, "exportable")
+    if not torch.jit.is_scripting():
+        found = _backend.shortcut("causal_conv1d", _composite, None, backend, x, weight, bias, silu, routes, reset)
+        if found is not None:
+            return found
     return torch.ops.ssmvision.causal_conv1d(x, weight, bias, silu, routes, reset, backend)
 
 

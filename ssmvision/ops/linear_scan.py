@@ -60,9 +60,10 @@ def linear_scan(
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
         ValueError: A backend that does not exist or cannot run these tensors.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
-        if _backend.is_lowered(backend):
-            return _composite(a, x, initial_state, reset, reverse, "exportable")
+    if not torch.jit.is_scripting():
+        found = _backend.shortcut("linear_scan", _composite, None, backend, a, x, initial_state, reset, reverse)
+        if found is not None:
+            return found
     return torch.ops.ssmvision.linear_scan(a, x, initial_state, reset, reverse, backend)
 
 

@@ -95,12 +95,13 @@ def selective_scan(
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
         ValueError: A backend that does not exist or cannot run these tensors.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
-        if _backend.is_lowered(backend):
-            return _composite(
-                u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge,
-                "exportable",
-            )  # fmt: skip
+    if not torch.jit.is_scripting():
+        found = _backend.shortcut(
+            "selective_scan", _composite, _direct, backend,
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge,
+        )  # fmt: skip
+        if found is not None:
+            return found
     return torch.ops.ssmvision.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge, backend
     )
@@ -181,16 +182,9 @@ def _composite(
     expect_real("selective_scan", floats if A.is_complex() else floats | numbers)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     routed = A.dim() == 3
-    if not routed:
-        # One scan is k = 1: every parameter gets its route dimension.
-        delta, A = delta.unsqueeze(1), A.unsqueeze(0)
-        B, C = (x.unsqueeze(0) if x.dim() == 2 else x.unsqueeze(1) for x in (B, C))
-        D, delta_bias, dt_proj = (None if x is None else x.unsqueeze(0) for x in (D, delta_bias, dt_proj))
-        initial_state = None if initial_state is None else initial_state.unsqueeze(1)
-    x = u if u.dim() == 4 else u.unsqueeze(1)
-    B, C = (_grouped(m, x) for m in (B, C))
-    if reset is not None and reset.dim() == 2:
-        reset = reset.unsqueeze(1)
+    x, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset = _canonical(
+        u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset
+    )
     _check(x, delta, A, B, C, D, z, delta_bias, dt_proj, initial_state, reset, routes, merge)
     D, delta_bias, dt_proj = (cast(t, dtype) for t in (D, delta_bias, dt_proj))
     options = (reset, routes, delta_softplus, merge, backend)
@@ -210,6 +204,79 @@ def _composite(
     if z is not None:
         y = y * torch.nn.functional.silu(cast(z, dtype))
     return cast(y, u.dtype), last if routed else last.squeeze(1)
+
+
+def _canonical(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], delta_bias: Optional[Tensor],
+    dt_proj: Optional[Tensor], initial_state: Optional[Tensor], reset: Optional[Tensor],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments with their route dimension, B and C also with those of groups and tokens."""
+    if A.dim() != 3:  # one scan is k = 1
+        delta, A = delta.unsqueeze(1), A.unsqueeze(0)
+        B, C = (x.unsqueeze(0) if x.dim() == 2 else x.unsqueeze(1) for x in (B, C))
+        D, delta_bias, dt_proj = (None if x is None else x.unsqueeze(0) for x in (D, delta_bias, dt_proj))
+        initial_state = None if initial_state is None else initial_state.unsqueeze(1)
+    u = u if u.dim() == 4 else u.unsqueeze(1)
+    B, C = (_grouped(m, u) for m in (B, C))
+    if reset is not None and reset.dim() == 2:
+        reset = reset.unsqueeze(1)
+    return u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset
+
+
+def _direct(
+    backend: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], z: Optional[Tensor],
+    delta_bias: Optional[Tensor], delta_softplus: bool, dt_proj: Optional[Tensor], initial_state: Optional[Tensor],
+    reset: Optional[Tensor], routes: Optional[Tensor], merge: bool,
+) -> Optional[tuple[Tensor, Tensor]]:  # fmt: skip
+    """The whole operator past torch's dispatcher; None if the backend cannot run these tensors so."""
+    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge)
+    if _backend.builds_graph(u, delta, A, B, C, D, delta_bias, dt_proj, initial_state):
+        y, last = _Direct.apply(backend, *args)
+    else:
+        y, last, _ = backend.direct(*args, False)
+    if y is None or z is None:
+        return None if y is None else (y, last)
+    return y * torch.nn.functional.silu(z), last
+
+
+class _Direct(torch.autograd.Function):
+    """What autograd knows of `_direct`, but for the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: Any, *args: Any) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        y, last, checkpoints = backend.direct(*args, True)
+        u, delta, A, B, C, D, _, delta_bias, ctx.delta_softplus, dt_proj, initial_state, reset, routes, ctx.merge = args
+        ctx.backend = backend
+        ctx.save_for_backward(checkpoints, routes, u, delta, A, B, C, D, delta_bias, dt_proj, initial_state, reset)
+        ctx.set_materialize_grads(False)
+        return y, last
+
+    @staticmethod
+    def backward(ctx: Any, dy: Optional[Tensor], dlast: Optional[Tensor]) -> Any:
+        checkpoints, routes, *given = ctx.saved_tensors
+        tensors = _canonical(*given)
+        u, _, A, *_ = tensors
+        if dy is None:
+            dy = u.new_zeros(u.shape[0], 1 if ctx.merge else A.shape[0], *u.shape[2:])
+        dy = dy if dy.dim() == 4 else dy.unsqueeze(1)
+        dlast = dlast if dlast is None or dlast.dim() == 4 else dlast.unsqueeze(1)
+        arguments = (*tensors, routes, ctx.delta_softplus, ctx.merge)
+        if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
+            with no_autocast(dy):
+                found = reference.adjoint(dy, dlast, *arguments)
+        else:
+            found = ctx.backend.backward(dy, dlast, checkpoints, *arguments)
+        du, ddelta, dA, dB, dC, dD, dbias, dproj, dinitial = map(_restored, found, given[:9])
+        return None, du, ddelta, dA, dB, dC, dD, None, dbias, None, dproj, dinitial, None, None, None
+
+
+def _restored(gradient: Optional[Tensor], x: Optional[Tensor]) -> Optional[Tensor]:
+    """The gradient of a canonical tensor as that of `x`, from which it was made."""
+    if gradient is None or x is None:
+        return None
+    if gradient.numel() != x.numel():  # B or C per channel
+        gradient = gradient.sum((0, 4))
+    return gradient.reshape(x.shape)
 
 
 def _grouped(m: Tensor, u: Tensor) -> Tensor:

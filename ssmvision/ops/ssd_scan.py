@@ -78,11 +78,13 @@ def ssd_scan(
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
         ValueError: A backend that does not exist or cannot run these tensors.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a branch of its own
-        if _backend.is_lowered(backend):
-            return _composite(
-                x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit[0], dt_limit[1], initial_state, reset, "exportable"
-            )
+    if not torch.jit.is_scripting():
+        found = _backend.shortcut(
+            "ssd_scan", _composite, None, backend,
+            x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit[0], dt_limit[1], initial_state, reset,
+        )  # fmt: skip
+        if found is not None:
+            return found
     return torch.ops.ssmvision.ssd_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit[0], dt_limit[1], initial_state, reset, backend
     )

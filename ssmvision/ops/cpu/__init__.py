@@ -11,8 +11,6 @@ from .build import ISAS, NativeBuildError, best_isa, ensure_library
 
 __all__ = ["NativeBuildError", "contiguous", "instruction_set", "load", "slices"]
 
-_MIN_ELEMENTS_PER_TASK = 1 << 20  # about 0.3 ms of work: less is not worth waking a second thread
-
 
 @functools.cache
 def load() -> None:
@@ -47,8 +45,7 @@ def instruction_set() -> str:
 
 def slices(batch: int, channels: int, elements: int) -> int:
     """Into how many channel slices a sample is cut so that every thread has work."""
-    threads = min(torch.get_num_threads(), max(1, elements // _MIN_ELEMENTS_PER_TASK))
-    return max(1, min(-(-threads // max(1, batch)), -(-channels // 16)))
+    return torch.ops.ssmvision_cpu.slices(batch, channels, elements)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:

@@ -1,10 +1,24 @@
 """`selective_scan` on the CPU: see `csrc/selective_scan_forward.cpp` and `csrc/selective_scan_backward.cpp`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._library import Gradients, empty_like_layout, in_float32, no_autocast
 from . import contiguous, slices
+
+
+def direct(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`ops.selective_scan` without the product with z, in one call in which the library checks and allocates.
+
+    Args:
+        args: Those of the public function but the backend, and whether checkpoints are wanted.
+
+    Returns:
+        y, last state and checkpoints; nothing but None unless all tensors are float32 and fit.
+    """
+    return torch.ops.ssmvision_cpu.selective_scan_direct(*args)
 
 
 def forward(

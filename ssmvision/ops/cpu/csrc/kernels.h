@@ -33,7 +33,7 @@ struct Scan {
   int64_t reset_b, reset_k;
   const int64_t* order;              // (k, t) or null for 0, 1, 2, ...
   float* last;                       // (b, k, n, d)
-  float* checkpoints;                // (b, k, chunks, n, d): the state before each chunk
+  float* checkpoints;                // (b, k, chunks, n, d): the state before each chunk; or null
   int64_t slices;                    // channel slices per sample that run in parallel
 };
 

@@ -1,95 +1,36 @@
 // Registers the native kernels with torch through its stable C ABI: built once, loads in every later torch.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <optional>
-#include <stdexcept>
-#include <string>
-
-#include "kernels.h"
-
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
+#include "tensors.h"
 
 namespace ssmvision {
 namespace {
 
-float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-float* floats(const Optional& t) { return t ? floats(*t) : nullptr; }
-
-// An index outside the tokens would read or write foreign memory.
-const int64_t* checked_order(const Optional& order, int64_t tokens) {
-  if (!order) return nullptr;
-  const int64_t* table = static_cast<const int64_t*>(order->data_ptr());
-  bool inside = true;
-  for (int64_t i = 0; i < order->numel(); ++i) inside &= uint64_t(table[i]) < uint64_t(tokens);
-  if (!inside) throw std::runtime_error("routes hold an index out of range for " + std::to_string(tokens) + " tokens");
-  return table;
-}
-
-// (b, k, c, ..., l) of any strides; a route dimension of size 1 is shared by all routes.
-View view(const Tensor& t) {
-  View v;
-  v.data = floats(t);
-  v.b = t.stride(0);
-  v.k = t.size(1) == 1 ? 0 : t.stride(1);
-  v.c = t.stride(2);
-  v.l = t.stride(t.dim() - 1);
-  return v;
-}
-
-// (b, k, g, n, l)
-GroupedView grouped(const Tensor& t) {
-  GroupedView v;
-  static_cast<View&>(v) = view(t);
-  v.n = t.stride(3);
-  v.groups = t.size(2);
-  return v;
-}
-
-void describe(Scan& s, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+void describe(Scan& s, const Axes& u, const Axes& delta, const Axes& A, const Axes& B, const Axes& C,
               const Optional& D, const Optional& bias, const Optional& projection, const Optional& reset,
-              const Optional& order, bool softplus, bool merge, const Tensor& checkpoints, int64_t slices) {
-  s.batch = u.size(0);
-  s.routes = A.size(0);
-  s.channels = A.size(1);
-  s.states = A.size(2);
-  s.tokens = u.size(3);
+              const Optional& order, bool softplus, bool merge, const Optional& checkpoints, int64_t slices) {
+  s.batch = u.size[0];
+  s.routes = A.size[0];
+  s.channels = A.size[1];
+  s.states = A.size[2];
+  s.tokens = u.size[3];
   s.steps = order ? order->size(1) : s.tokens;
-  s.rank = projection ? projection->size(2) : 0;
+  s.rank = projection ? projection->size(projection->dim() - 1) : 0;
   s.softplus = softplus;
   s.merge = merge;
-  s.shared_u = u.size(1) == 1;
+  s.shared_u = u.size[1] == 1;
   s.u = view(u);
   s.delta = view(delta);
   s.B = grouped(B);
   s.C = grouped(C);
-  s.A = floats(A);
+  s.A = A.data;
   s.D = floats(D);
   s.bias = floats(bias);
   s.projection = floats(projection);
   s.reset = reset ? static_cast<const uint8_t*>(reset->data_ptr()) : nullptr;
   s.reset_b = reset ? reset->stride(0) : 0;
-  s.reset_k = reset && reset->size(1) > 1 ? reset->stride(1) : 0;
+  s.reset_k = reset && reset->dim() == 3 && reset->size(1) > 1 ? reset->stride(1) : 0;
   s.order = checked_order(order, s.tokens);
   s.checkpoints = floats(checkpoints);
   s.slices = slices;
-}
-
-// Calls task(ib, slice, d0, d1) for every sample and channel slice; slices start at multiples of 16 channels.
-template <class Shape, class Task>
-void for_each_task(const Shape& s, const Task& task) {
-  const int64_t blocks = (s.channels + 15) / 16;
-  torch::stable::parallel_for(0, s.batch * s.slices, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t ib = i / s.slices, slice = i % s.slices;
-      const int64_t d0 = std::min(s.channels, slice * blocks / s.slices * 16);
-      const int64_t d1 = std::min(s.channels, (slice + 1) * blocks / s.slices * 16);
-      if (d0 < d1) task(ib, slice, d0, d1);
-    }
-  });
 }
 
 void call_scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional bias, Optional projection,
@@ -101,6 +42,85 @@ void call_scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Opt
   s.initial = floats(initial);
   s.last = floats(last);
   for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { scan_forward(s, ib, d0, d1); });
+}
+
+using Direct = std::tuple<Optional, Optional, Optional>;  // outputs; nothing if the arguments are not for this path
+
+bool hold(ScalarType type, std::initializer_list<Optional> tensors) {
+  for (const Optional& t : tensors)
+    if (t && t->scalar_type() != type) return false;
+  return true;
+}
+
+void to_rows(Optional& t) {
+  if (t && !t->is_contiguous()) t = torch::stable::contiguous(*t);
+}
+
+// Uninitialized floats; with `swap`, the last dimension but one is the one whose elements are adjacent.
+Tensor allocate(std::vector<int64_t> size, bool swap = false) {
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t i = size.size() - 1; i > 0; --i) stride[i - 1] = stride[i] * size[i];
+  if (swap) {
+    stride[size.size() - 2] = 1;
+    stride.back() = size[size.size() - 2];
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(),
+      aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The operator as users call it: a single scan has no route dimension. The gate z is only checked, and multiplied with by
+// the caller.
+Direct call_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z, Optional bias,
+                        bool softplus, Optional projection, Optional initial, Optional reset, Optional order, bool merge,
+                        bool save) {
+  if (!hold(ScalarType::Float, {u, delta, A, B, C, D, z, bias, projection, initial}) ||
+      !hold(ScalarType::Bool, {reset}) || !hold(ScalarType::Long, {order}) || u.dim() < 3 || (z && !merge) ||
+      (projection && projection->dim() < 2))
+    return {};
+  Optional rows = A;
+  for (Optional* t : {&rows, &D, &bias, &projection, &initial, &reset, &order}) to_rows(*t);
+  const bool routed = A.dim() == 3;
+  const auto tokens = [&](const Tensor& t) { return routed ? Axes(t) : Axes(t).put(1); };
+  const auto parameter = [&](const Tensor& t) { return routed ? Axes(t) : Axes(t).put(0); };
+  const auto coefficients = [&](const Tensor& t) {  // (b, k, g, n, l)
+    if (t.dim() == 2 + routed) return parameter(t).put(0, u.size(0)).put(4, u.size(u.dim() - 1));  // per channel
+    const Axes x = tokens(t);
+    return x.dims == 4 ? Axes(x).put(2) : x;
+  };
+  const auto is = [](const Optional& t, const auto& axes, std::initializer_list<int64_t> shape) {
+    return !t || axes(*t).is(shape);
+  };
+  const Axes x = u.dim() == 3 ? Axes(u).put(1) : Axes(u), dt = tokens(delta), a = parameter(*rows);
+  const Axes b = coefficients(B), c = coefficients(C);
+  if (x.dims != 4 || a.dims != 3 || b.dims != 5 || c.dims != 5) return {};
+  const int64_t batch = x.size[0], k = a.size[0], d = a.size[1], n = a.size[2], l = x.size[3];
+  const int64_t rank = projection ? projection->size(projection->dim() - 1) : d, groups = b.size[2] * c.size[2];
+  if (!(batch * d * n * l && x.is({batch, x.size[1] == 1 ? 1 : k, d, l}) && dt.is({batch, k, rank, l}) &&
+        b.is({batch, k, b.size[2], n, l}) && c.is({batch, k, c.size[2], n, l}) && groups && d % b.size[2] == 0 &&
+        d % c.size[2] == 0 && is(D, parameter, {k, d}) && is(bias, parameter, {k, d}) &&
+        is(projection, parameter, {k, d, rank}) && is(initial, tokens, {batch, k, d, n}) &&
+        (!z || Axes(*z).is({batch, d, l}))))
+    return {};
+  if (reset && !Axes(*reset).is({batch, l}) && !Axes(*reset).is({batch, 1, l}) && !Axes(*reset).is({batch, k, l})) return {};
+  if (order && !(order->dim() == 2 && order->size(0) == k)) return {};
+
+  Scan s;
+  const int64_t steps = order ? order->size(1) : l;
+  Optional checkpoints;
+  if (save) checkpoints = allocate({batch, k, (steps + CHUNK - 1) / CHUNK, n, d});
+  describe(s, x, dt, a, b, c, D, bias, projection, reset, order, softplus, merge, checkpoints,
+           slice_count(batch, d, batch * k * d * n * l));
+  const bool per_route = routed && !merge, channels_last = x.stride[2] == 1;
+  Tensor y = per_route ? allocate({batch, k, d, l}, channels_last) : allocate({batch, d, l}, channels_last);
+  Tensor last = routed ? allocate({batch, k, d, n}, true) : allocate({batch, d, n}, true);
+  if (steps != l) std::fill_n(floats(y), y.numel(), 0.f);
+  s.y = per_route ? view(y) : view(Axes(y).put(1));
+  s.initial = floats(initial);
+  s.last = floats(last);
+  for_each_task(s, [&](int64_t ib, int64_t, int64_t d0, int64_t d1) { scan_forward(s, ib, d0, d1); });
+  return {y, last, checkpoints};
 }
 
 void call_scan_backward(Tensor dy, Optional dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D,
@@ -277,10 +297,15 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
       "Tensor? projection, Tensor? initial, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
       "Tensor(a!) y, Tensor(b!) last, Tensor(c!) checkpoints) -> ()");
   m.def(
+      "selective_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, "
+      "bool softplus, Tensor? projection, Tensor? initial, Tensor? reset, Tensor? order, bool merge, bool save) "
+      "-> (Tensor? y, Tensor? last, Tensor? checkpoints)");
+  m.def(
       "selective_scan_backward(Tensor dy, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? bias, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
       "Tensor checkpoints, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, "
       "Tensor(f!)? dD, Tensor(g!)? dbias, Tensor(h!) dinitial) -> ()");
+  m.def("slices(int batch, int channels, int elements) -> int");
   m.def("exp2(Tensor x, int passes, Tensor(a!) out) -> ()");
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? order, Tensor? reset, bool silu, int slices, "
@@ -305,6 +330,7 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&ssmvision::call_scan_forward));
+  m.impl("selective_scan_direct", TORCH_BOX(&ssmvision::call_scan_direct));
   m.impl("selective_scan_backward", TORCH_BOX(&ssmvision::call_scan_backward));
   m.impl("exp2", TORCH_BOX(&ssmvision::call_exp2));
   m.impl("causal_conv1d", TORCH_BOX(&ssmvision::call_conv_forward));
@@ -313,4 +339,8 @@ STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
   m.impl("ssd_scan_backward", TORCH_BOX(&ssmvision::call_ssd_backward));
   m.impl("linear_scan", TORCH_BOX(&ssmvision::call_linear_scan_forward));
   m.impl("linear_scan_backward", TORCH_BOX(&ssmvision::call_linear_scan_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CompositeExplicitAutograd, m) {
+  m.impl("slices", TORCH_BOX(&ssmvision::slice_count));
 }

@@ -68,22 +68,26 @@ static void forward_route(const Scan& s, int64_t ib, int64_t ik, int64_t d0, int
   for (const float a : A2) steepest = std::max(steepest, std::abs(a));
   const int64_t* const order = s.order ? s.order + ik * s.steps : nullptr;
   const uint8_t* const flags = s.reset ? s.reset + ib * s.reset_b + ik * s.reset_k : nullptr;
-  float* const saved = s.checkpoints + bk * chunks * plane;
   float* const last = s.last + bk * plane;
+  // Where the state before a chunk lies: in memory of its own if a backward pass is to come, else where the last one will.
+  const auto before = [&](int64_t chunk) {
+    return s.checkpoints && chunk < chunks ? s.checkpoints + (bk * chunks + chunk) * plane : last;
+  };
   const float* const u = s.u.at(ib, s.shared_u ? 0 : ik);
   float* const out = s.y.at(ib, s.merge ? 0 : ik);
   Coefficients B(s.B, s, ib, ik), C(s.C, s, ib, ik);
   Delta delta(s, ib, ik, d0, d1);
   vf dts[2 * ROOM] = {}, xs[2 * ROOM], ys[2 * ROOM];
 
+  float* const first = before(0);
   for (int64_t n = 0; n < s.states; ++n)
     for (int64_t d = d0; d < d1; ++d)
-      (chunks ? saved : last)[n * s.channels + d] = s.initial ? s.initial[bk * plane + d * s.states + n] : 0.f;
+      first[n * s.channels + d] = s.initial ? s.initial[bk * plane + d * s.states + n] : 0.f;
 
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const Steps steps(order, s.steps, chunk, flags);
-    const float* state = saved + chunk * plane;
-    float* next = chunk + 1 < chunks ? saved + (chunk + 1) * plane : last;
+    const float* state = before(chunk);
+    float* next = before(chunk + 1);
     B.next_chunk();
     C.next_chunk();
     delta.next_chunk(steps);
