@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import has_torch_function
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from . import cpu, triton
+
+try:  # private names of torch: with one that lacks them, every call goes through its dispatcher
+    from torch._C._functorch import peek_interpreter_stack
+    from torch.utils._python_dispatch import _len_torch_dispatch_stack
+except ImportError:
+    peek_interpreter_stack = _len_torch_dispatch_stack = None  # type: ignore[assignment]
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}  # "cuda" is also what torch calls ROCm devices
@@ -70,7 +74,7 @@ def _watched(args: tuple[Any, ...]) -> bool:
     """Whether a compiler, a trace, a transform, a mode or a subclass of Tensor looks into a call."""
     if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or has_torch_function(args):
         return True
-    if _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+    if peek_interpreter_stack is None or peek_interpreter_stack() is not None or _len_torch_dispatch_stack():
         return True
     return not _PLAIN.issuperset(map(type, args))
 

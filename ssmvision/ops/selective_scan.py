@@ -229,7 +229,8 @@ def _direct(
     reset: Optional[Tensor], routes: Optional[Tensor], merge: bool,
 ) -> Optional[tuple[Tensor, Tensor]]:  # fmt: skip
     """The whole operator past torch's dispatcher; None if the backend cannot run these tensors so."""
-    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge)
+    gate = None if z is None else z.detach()  # only looked at, so that it fits
+    args = (u, delta, A, B, C, D, gate, delta_bias, delta_softplus, dt_proj, initial_state, reset, routes, merge)
     if _backend.builds_graph(u, delta, A, B, C, D, delta_bias, dt_proj, initial_state):
         y, last = _Direct.apply(backend, *args)
     else:
