@@ -70,14 +70,12 @@ def create_model(
     scriptable: bool | None = None,
     exportable: bool | None = None,
     no_jit: bool | None = None,
-    encoder_weights: bool | str | Path = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Create a model by name; names that are timm's alone are passed on to it.
 
     Networks that timm's registry cannot hold take `in_chans` and `num_classes` as well, for what MONAI calls
-    `in_channels` and `out_channels`; of the other arguments below only `checkpoint_path` and `encoder_weights` concern
-    them.
+    `in_channels` and `out_channels`; of the other arguments below only `checkpoint_path` concerns them.
 
     Args:
         model_name: `arch`, `arch.tag`, `hf-hub:owner/name` or `local-dir:/path`.
@@ -89,10 +87,11 @@ def create_model(
         scriptable: timm's layer setting for TorchScript.
         exportable: timm's layer setting for export.
         no_jit: timm's layer setting against scripted layers.
-        encoder_weights: for a segmenter, a file of its backbone's weights or True for the published ones; what does not
-            fit is named by a warning, see `ssmvision.segmentation.load_encoder`.
-        **kwargs: arguments of the model, such as `num_classes`, `in_chans`, `features_only`, `device`.
+        **kwargs: arguments of the model, such as `num_classes`, `in_chans`, `features_only`, `device`. For a segmenter
+            also `encoder_weights`: a file of its backbone's weights or True for the published ones; what does not fit
+            is named by a warning, see `ssmvision.segmentation.load_encoder`.
     """
+    encoder_weights = kwargs.pop("encoder_weights", False)
     if is_network(model_name):
         network = create_network(model_name, pretrained, **kwargs)
         if encoder_weights:
