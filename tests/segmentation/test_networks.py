@@ -85,16 +85,17 @@ def test_reloads(name: str, tmp_path: Path) -> None:
         assert torch.equal(_logits(again(x)), _logits(model(x)))
 
 
-# On maps of 2 x 2 x 4 voxels torch 2.14 computes the bfloat16 weight gradients of a Conv3d with 16 or 32 channels, on
-# the CPU, from uninitialized memory (NaN in 37 of 60 runs of the layer alone); micro networks have other widths there.
+# On maps of 2 x 2 x 4 voxels torch 2.14's oneDNN computes the bfloat16 weight gradients of a Conv3d from uninitialized
+# memory (NaN in half of the runs of a bare layer of 16 or more channels, none from 4 x 4 x 8 on): here without it.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", MICRO)
 def test_large_inputs_stay_finite_under_autocast(name: str, dtype: torch.dtype) -> None:
     model, x = _build(name).train(), 1e3 * _input(name, batch=2)
-    with torch.autocast("cpu", dtype):
-        logits = _logits(model(x))
-    loss = logits.float().abs().mean()
-    loss.backward()
+    with torch.backends.mkldnn.flags(enabled=dtype is not torch.bfloat16 or x.dim() < 5):
+        with torch.autocast("cpu", dtype):
+            logits = _logits(model(x))
+        loss = logits.float().abs().mean()
+        loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
