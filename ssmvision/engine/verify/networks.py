@@ -92,11 +92,20 @@ def _run(official: Any, features: list[str], expected: dict[str, Tensor]) -> dic
 
             model.get_submodule(tap.module).register_forward_hook(hook)
     inputs = [expected[key].requires_grad_() for key in _numbered("input", expected)]
-    result = model(*inputs, *(expected[name] for name in official.inputs if name in expected))
-    outputs = list(result) if isinstance(result, (list, tuple)) else [result]
+    outputs = _outputs(model, official, inputs, expected)
     for index, output in enumerate(outputs):
         found[f"output.{index}" if index else "output"] = output.detach()
-    return found | {"loss": sum(output.pow(2).mean() for output in outputs), "inputs": inputs}
+    return found | {"loss": _loss(outputs), "inputs": inputs}
+
+
+def _outputs(network: nn.Module, official: Any, inputs: list[Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
+    result = network(*inputs, *(tensors[name] for name in official.inputs if name in tensors))
+    return list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+def _loss(outputs: list[Tensor]) -> Tensor:
+    """What the gradients of every case are those of."""
+    return torch.stack([output.pow(2).mean() for output in outputs]).sum()
 
 
 # How much of a gradient rounding may explain. Where an activation sits on the kink of a ReLU, float32 decides its side
@@ -139,9 +148,7 @@ def _gradients_under_noise(
             parameter.copy_(off(parameter))
     inputs = [off(double[key]) for key in _numbered("input", double)]
     with mock.patch.dict(os.environ, SSMVISION_BACKEND="reference"):
-        result = network(*inputs, *(double[name] for name in official.inputs if name in double))
-        outputs = list(result) if isinstance(result, (list, tuple)) else [result]
-        return _gradients(network, torch.stack([y.pow(2).mean() for y in outputs]).sum(), inputs)
+        return _gradients(network, _loss(_outputs(network, official, inputs, double)), inputs)
 
 
 def _variants(official: Any, inputs: list[Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
