@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from ssmvision.layers.frame_norm import FrameNorm
 
@@ -29,6 +30,12 @@ def test_it_is_group_norm(count: int, groups: int, channels: int) -> None:
     leaves, upstream = (x, layer.weight, layer.bias), torch.randn_like(x)
     for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (found, wanted)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_gradients() -> None:
+    layer, x = norm(2, 4).double(), pictures(9, 4, torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(layer, (x,))
+    assert torch.autograd.gradgradcheck(lambda *args: functional_call(layer, {"weight": args[0]}, x), (layer.weight,))
 
 
 def test_many_pictures_stay_channels_last() -> None:
