@@ -3,6 +3,7 @@
 Letters: b batch, t frame, c channels, h height, w width.
 """
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 __all__ = ["ConvLSTM"]
 
 State = tuple[Tensor, Tensor]
+Step = Callable[[Tensor, State], tuple[Tensor, State]]
 
 
 class ConvLSTM(nn.Module):
@@ -57,6 +59,10 @@ class ConvLSTM(nn.Module):
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         return h, (c, h)
+
+    def stepper(self) -> Step:
+        """`step`: there is nothing to prepare."""
+        return self.step
 
     def initial_state(self, batch: int, height: int, width: int) -> State:
         """The zeros that precede a sequence: cell and output, (b, c, h, w) each."""

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ssmvision.layers.frame_norm import FrameNorm
 from ssmvision.layers.hippo import init_log_dt_, nplr
-from ssmvision.ops import linear_scan, linear_scan_step
+from ssmvision.ops import convs5_step, frame_conv_weight, linear_scan
 
 __all__ = ["ConvS5", "per_frame"]
+
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": partial(F.gelu, approximate="tanh"),
@@ -39,16 +41,25 @@ class ResNetFeedthrough(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, num_groups: int, activation: str, **dd: Any) -> None:
         super().__init__()
-        self.act = _ACTIVATIONS[activation]
-        self.norm1 = FrameNorm(num_groups, channels, eps=1e-6, **dd)
+        self.activation = activation
+        self.norm1 = FrameNorm(num_groups, channels, activation, eps=1e-6, **dd)
         self.conv1 = _conv(channels, kernel_size, **dd)
-        self.norm2 = FrameNorm(num_groups, channels, eps=1e-6, **dd)
+        self.norm2 = FrameNorm(num_groups, channels, activation, eps=1e-6, **dd)
         self.conv2 = _conv(channels, kernel_size, **dd)
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         """Frames y and u (n, u, h, w) → the same; u does not matter."""
-        inner = self.conv1(self.act(self.norm1(y)))
-        return self.act(y + self.conv2(self.act(self.norm2(inner))))
+        inner = self.conv1(self.norm1(y))
+        return _ACTIVATIONS[self.activation](y + self.conv2(self.norm2(inner)))
+
+    def for_steps(self) -> dict[str, Any]:
+        """What `convs5_step` takes to do the same."""
+        pairs = ((self.norm1, self.conv1), (self.norm2, self.conv2))
+        tensors = [(norm.weight, norm.bias, frame_conv_weight(conv.weight), conv.bias) for norm, conv in pairs]
+        norm = self.norm1
+        return {
+            "feedthrough": sum(tensors, ()), "groups": norm.num_groups, "eps": norm.eps, "activation": norm.activation
+        }  # fmt: skip
 
 
 class StandardFeedthrough(nn.Module):
@@ -56,13 +67,12 @@ class StandardFeedthrough(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, num_groups: int, activation: str, **dd: Any) -> None:
         super().__init__()
-        self.act = _ACTIVATIONS[activation]
         self.conv1 = _conv(channels, kernel_size, **dd)
-        self.norm1 = FrameNorm(num_groups, channels, eps=1e-6, **dd)
+        self.norm1 = FrameNorm(num_groups, channels, activation, eps=1e-6, **dd)
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         """Frames y and u (n, u, h, w) → the same."""
-        return self.act(self.norm1(y + self.conv1(u)))
+        return self.norm1(y + self.conv1(u))
 
 
 class HalfGLUFeedthrough(nn.Module):
@@ -188,9 +198,20 @@ class ConvS5(nn.Module):
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One frame (b, dim, h, w) after `state` (see `initial_state`): its output and the next state."""
+        return self.stepper()(u, state)
+
+    def stepper(self) -> Step:
+        """`step` for streams: what depends on the parameters alone is computed once, here, and not for every frame."""
         A, B, C = self.discretized()
-        x = linear_scan_step(_by_pixel(A), _drive(u, B), _by_pixel(state))
-        return self.feedthrough(_observe(x, C, u.dtype), u), _by_channel(x)
+        B, C = frame_conv_weight(_drive_weight(B)), frame_conv_weight(_observe_weight(C))
+        if isinstance(self.feedthrough, ResNetFeedthrough):
+            return partial(convs5_step, A=A.flatten(), B=B, C=C, **self.feedthrough.for_steps())
+
+        def step(u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            y, state = convs5_step(u, state, A.flatten(), B, C)
+            return self.feedthrough(y, u), state
+
+        return step
 
     def initial_state(self, batch: int, height: int, width: int) -> Tensor:
         """The zeros that precede a sequence, (b, p, h, w) complex."""
@@ -212,16 +233,35 @@ class ConvS5(nn.Module):
 
 
 def _drive(u: Tensor, B: Tensor) -> Tensor:
-    """B * u: frames (n, dim, h, w) → (n, h, w, p) complex."""
-    weight = torch.view_as_real(B).movedim(-1, 1).flatten(0, 1)
+    """B * u: frames (n, dim, h, w) → states (n, h, w, p) complex."""
+    weight = _drive_weight(B)
     driven = F.conv2d(u.contiguous(memory_format=torch.channels_last), weight.to(u.dtype), padding="same")
-    return torch.view_as_complex(_by_pixel(driven).to(weight.dtype).contiguous().unflatten(-1, (-1, 2)))
+    return _as_states(driven.to(weight.dtype))
 
 
 def _observe(x: Tensor, C: Tensor, dtype: torch.dtype) -> Tensor:
-    """2 Re(C * x): states (n, h, w, p) complex → (n, dim, h, w) of a type."""
-    weight = torch.view_as_real(2 * C.conj()).movedim(-1, 2).flatten(1, 2)
-    return F.conv2d(_by_channel(torch.view_as_real(x).flatten(-2)).to(dtype), weight.to(dtype), padding="same")
+    """2 Re(C * x): states (n, h, w, p) complex → frames (n, dim, h, w) of a type."""
+    return F.conv2d(_as_frames(x).to(dtype), _observe_weight(C).to(dtype), padding="same")
+
+
+def _drive_weight(B: Tensor) -> Tensor:
+    """(p, dim, k, k) complex → (2p, dim, k, k)."""
+    return torch.view_as_real(B).movedim(-1, 1).flatten(0, 1)
+
+
+def _observe_weight(C: Tensor) -> Tensor:
+    """(dim, p, k, k) complex → (dim, 2p, k, k), of which the real part of the product remains, twice."""
+    return torch.view_as_real(2 * C.conj()).movedim(-1, 2).flatten(1, 2)
+
+
+def _as_frames(x: Tensor) -> Tensor:
+    """States (n, h, w, p) complex → frames (n, 2p, h, w)."""
+    return _by_channel(torch.view_as_real(x).flatten(-2))
+
+
+def _as_states(x: Tensor) -> Tensor:
+    """Frames (n, 2p, h, w) → states (n, h, w, p) complex."""
+    return torch.view_as_complex(_by_pixel(x).contiguous().unflatten(-1, (-1, 2)))
 
 
 def _by_pixel(x: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from ssmvision.models._official import rename
 
 __all__ = ["ConvLSTMPredictor", "ConvS5Predictor", "TransformerPredictor", "VideoPredictor", "prediction_loss"]
 
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+
 GROUPS = 32  # of every norm in encoder and decoder
 
 
@@ -88,7 +90,7 @@ class SequenceLayer(nn.Module):
     """A mixer over time beside a residual, with a norm after it or before it.
 
     Args:
-        mixer: `ConvS5`, `ConvLSTM`, or what has their `forward`, `step` and `initial_state`.
+        mixer: `ConvS5`, `ConvLSTM`, or what has their `forward`, `stepper` and `initial_state`.
         dim: Channels.
         prenorm: Norm before the mixer instead of after the residual.
         use_norm: Have a norm at all.
@@ -116,10 +118,15 @@ class SequenceLayer(nn.Module):
         y, state = self.mixer(per_frame(self.norm, u) if self.prenorm else u, state, reset)
         return per_frame(self._after, y, u), state
 
-    def step(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One frame (b, c, h, w) after a state, and the next state."""
-        y, state = self.mixer.step(self.norm(u) if self.prenorm else u, state)
-        return self._after(y, u), state
+    def stepper(self) -> Step:
+        """What takes one frame (b, c, h, w) and a state to the output and the next state."""
+        mix = self.mixer.stepper()
+
+        def step(u: Tensor, state: Any) -> tuple[Tensor, Any]:
+            y, state = mix(self.norm(u) if self.prenorm else u, state)
+            return self._after(y, u), state
+
+        return step
 
     def _after(self, y: Tensor, u: Tensor) -> Tensor:
         y = self.dropout(y) + u if self.per_layer_skip else self.dropout(y)
@@ -141,13 +148,18 @@ class SequenceStack(nn.Module):
             after.append(end)
         return u, after
 
-    def step(self, u: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
-        """One frame (b, c, h, w) after a state, and the next state."""
-        after = []
-        for layer, before in zip(self.layers, state, strict=True):
-            u, end = layer.step(u, before)
-            after.append(end)
-        return u, after
+    def stepper(self) -> Step:
+        """What takes one frame (b, c, h, w) and a state to the output and the next state."""
+        steppers = [layer.stepper() for layer in self.layers]
+
+        def step(u: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
+            after = []
+            for advance, before in zip(steppers, state, strict=True):
+                u, end = advance(u, before)
+                after.append(end)
+            return u, after
+
+        return step
 
     def initial_state(self, batch: int, height: int, width: int) -> list[Any]:
         """What precedes a sequence of latents."""
@@ -194,10 +206,14 @@ class TransformerStack(nn.Module):
         latents = per_frame(self.unproj, y[:, -u.shape[1] :, :, None, None])
         return latents, cache if self.kv_cache else tokens
 
-    def step(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One frame (b, dim, 1, 1) after a state → its latents (b, c, h, w), and the next state."""
-        latents, state = self(u.unsqueeze(1), state, None)
-        return latents.squeeze(1), state
+    def stepper(self) -> Step:
+        """What takes one frame (b, dim, 1, 1) and a state to its latents (b, c, h, w) and the next state."""
+
+        def step(u: Tensor, state: Any) -> tuple[Tensor, Any]:
+            latents, state = self(u.unsqueeze(1), state, None)
+            return latents.squeeze(1), state
+
+        return step
 
     def initial_state(self, batch: int, height: int, width: int) -> Any:
         """What precedes a sequence: the starting token, or its keys and values."""
@@ -284,12 +300,21 @@ class VideoPredictor(nn.Module):
         Returns:
             The prediction, of frame's shape, and the next state. That of ConvS5 and ConvLSTM has a constant size.
         """
-        self._check(frame.unsqueeze(1))
-        action = frame.new_zeros(len(frame), dtype=torch.long) if action is None else action
-        u = self._encode(frame, action)
-        state = self.sequence_model.initial_state(len(u), *u.shape[-2:]) if state is None else state
-        latents, state = self.sequence_model.step(u, state)
-        return self.decoder(latents), state
+        return self.stepper()(frame, state, action)
+
+    def stepper(self) -> Callable[..., tuple[Tensor, Any]]:
+        """`step` for streams: what depends on the parameters alone is computed once, here, and not for every frame."""
+        advance = self.sequence_model.stepper()
+
+        def step(frame: Tensor, state: Any = None, action: Tensor | None = None) -> tuple[Tensor, Any]:
+            self._check(frame.unsqueeze(1))
+            action = frame.new_zeros(len(frame), dtype=torch.long) if action is None else action
+            u = self._encode(frame, action)
+            state = self.sequence_model.initial_state(len(u), *u.shape[-2:]) if state is None else state
+            latents, state = advance(u, state)
+            return self.decoder(latents), state
+
+        return step
 
     @torch.no_grad()
     def condition(self, video: Tensor, actions: Tensor | None = None) -> Any:
@@ -299,9 +324,9 @@ class VideoPredictor(nn.Module):
     @torch.no_grad()
     def stream(self, video: Tensor) -> Iterator[Tensor]:
         """Frames (b, in_channels, h, w) that go on after a video (b, t, in_channels, h, w), without an end."""
-        state, frame = self.condition(video[:, :-1]), video[:, -1]
+        state, frame, step = self.condition(video[:, :-1]), video[:, -1], self.stepper()
         while True:
-            frame, state = self.step(frame, state)
+            frame, state = step(frame, state)
             yield frame
 
     def generate(self, video: Tensor, frames: int) -> Tensor:

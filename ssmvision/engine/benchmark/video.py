@@ -161,9 +161,12 @@ def _conditioned(model: VideoPredictor, length: int) -> tuple[Any, Tensor]:
 
 
 def _step(model: nn.Module, frame: Tensor, state: Any) -> Callable[[], object]:
+    with torch.no_grad():
+        step = model.stepper()
+
     def run() -> object:
         with torch.inference_mode():
-            return model.step(frame, state)
+            return step(frame, state)
 
     return run
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .build import ISAS, NativeBuildError, best_isa, ensure_library
 
-__all__ = ["NativeBuildError", "contiguous", "instruction_set", "load", "slices"]
+__all__ = ["NativeBuildError", "channels_last", "contiguous", "instruction_set", "load", "slices"]
 
 
 @functools.cache
@@ -51,3 +51,8 @@ def slices(batch: int, channels: int, elements: int) -> int:
 def contiguous(*tensors: Tensor | None) -> list[Any]:
     """The tensors, each in row-major layout; None stays None."""
     return [None if x is None else x.contiguous() for x in tensors]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Pictures (n, c, h, w) in memory as (n, h, w, c)."""
+    return x.contiguous(memory_format=torch.channels_last)

@@ -104,6 +104,40 @@ struct SsdGrad : Ssd {
   float *dB, *dC;         // (slices, b, g, l, n), zeroed: partial sums, added up by the caller
 };
 
+enum class Activation : int64_t { none, gelu, relu, silu };  // numbered as ACTIVATIONS in ops/frame_norm.py
+
+// Normalization over the pixels of a picture and the channels of a group. Pictures are (n, h, w, c) in memory.
+struct GroupNorm {
+  int64_t pixels, channels, groups;
+  float eps;
+  const float *weight, *bias;  // (c,)
+};
+
+struct FrameNorm : GroupNorm {
+  int64_t pictures;
+  Activation activation;
+  const float* x;
+  float* y;
+  float *mean, *inverse;       // (n, c): of the channel's group
+};
+
+struct FrameNormGrad : FrameNorm {
+  const float* dy;
+  float *dx, *dweight, *dbias; // the last two (n, c), added up by the caller
+};
+
+// y = after(plus + bias + conv(before(norm(x)))) of pictures (n, h, w, c), with as many zeros around as keep their size.
+struct FrameConv {
+  int64_t pictures, height, width, channels, out_channels, kernel_height, kernel_width;
+  GroupNorm norm;              // without weight: none
+  Activation before, after;
+  const float *x, *weight;     // weight (kernel_height, kernel_width, c, out_channels)
+  const float *bias, *plus;    // (out_channels,) and as y, which may be y itself; or null
+  float *padded, *y;           // padded: room for the pictures with their zeros
+  int64_t padded_height() const { return height + kernel_height - 1; }
+  int64_t padded_width() const { return width + kernel_width - 1; }
+};
+
 // One task: sample ib, channels [d0, d1), every route in turn (so that merged outputs have one writer).
 void scan_forward(const Scan&, int64_t ib, int64_t d0, int64_t d1);
 void scan_backward(const ScanGrad&, int64_t ib, int64_t slice, int64_t d0, int64_t d1);
@@ -113,6 +147,15 @@ void ssd_forward(const Ssd&, int64_t ib, int64_t ih);
 void ssd_backward(const SsdGrad&, int64_t ib, int64_t slice, int64_t ih);
 void linear_scan_forward(const LinearScan&, int64_t ib, int64_t d0, int64_t d1);
 void linear_scan_backward(const LinearScanGrad&, int64_t ib, int64_t slice, int64_t d0, int64_t d1);
+
+// One task: picture n; of a convolution, the rows [y0, y1) of a picture that was padded before.
+void norm_forward(const FrameNorm&, int64_t n);
+void norm_backward(const FrameNormGrad&, int64_t n);
+void pad_frame(const FrameConv&, int64_t n);
+void convolve_rows(const FrameConv&, int64_t n, int64_t y0, int64_t y1);
+
+// out = A state of complex numbers: pixels of `states` each.
+void decay_states(const float* state, const float* A, int64_t pixels, int64_t states, float* out);
 
 // out[i] = 2^x[i] for |x[i]| <= 126, `passes` times over, to measure what bounds the scans.
 void exp2_passes(const float* x, int64_t count, int64_t passes, float* out);
