@@ -111,7 +111,7 @@ class SequenceLayer(nn.Module):
         self.prenorm, self.per_layer_skip = prenorm, per_layer_skip
         self.mixer = mixer
         self.norm = LayerNorm2d(dim, eps=1e-6) if use_norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, u: Tensor, state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
         """All frames (b, t, c, h, w) after a state, and the state after them."""

@@ -26,6 +26,7 @@ from ssmvision.models.convs5 import (
 __all__ = ["generation", "packed_clips", "predictors", "state_bytes", "training"]
 
 SIDE, LATENT, WIDTH = 32, 8, 32
+CONSECUTIVE = 8  # frames that are generated and timed at once
 
 
 def predictors() -> dict[str, VideoPredictor]:
@@ -77,7 +78,8 @@ def training(frames: int, repeats: int, names: Sequence[str] = ("ConvS5", "ConvL
 def generation(lengths: Sequence[int], repeats: int) -> dict[str, dict[int, float]]:
     """Milliseconds to generate one frame after videos of some lengths, at batch 1, by name and length.
 
-    Those of "sequence model" leave encoder and decoder, which all predictors share, out.
+    Those of "sequence model" leave encoder and decoder, which all predictors share, out. What takes turns is to generate
+    `CONSECUTIVE` frames, one from the other, as a stream does.
     """
     calls: dict[str, dict[int, Callable[[], object]]] = {}
     for name, model in predictors().items():
@@ -85,10 +87,10 @@ def generation(lengths: Sequence[int], repeats: int) -> dict[str, dict[int, floa
         u = _latents(model, 1, 1)[:, 0]
         for length in lengths:
             state, frame = _conditioned(model, length)
-            calls.setdefault(name, {})[length] = _step(model, frame, state)
-            calls.setdefault(f"{name}, sequence model", {})[length] = _step(model.sequence_model, u, state)
+            calls.setdefault(name, {})[length] = _frames(model, frame, state)
+            calls.setdefault(f"{name}, sequence model", {})[length] = _frames(model.sequence_model, u, state)
     times = interleaved({f"{name}@{at}": call for name, by in calls.items() for at, call in by.items()}, repeats)
-    return {name: {length: times[f"{name}@{length}"] for length in lengths} for name in calls}
+    return {name: {length: times[f"{name}@{length}"] / CONSECUTIVE for length in lengths} for name in calls}
 
 
 def state_bytes(lengths: Sequence[int]) -> dict[str, dict[int, int]]:
@@ -160,13 +162,18 @@ def _conditioned(model: VideoPredictor, length: int) -> tuple[Any, Tensor]:
     return model.condition(video), video[:, -1]
 
 
-def _step(model: nn.Module, frame: Tensor, state: Any) -> Callable[[], object]:
+def _frames(model: nn.Module, frame: Tensor, state: Any) -> Callable[[], None]:
+    """Generates `CONSECUTIVE` frames after a state; a sequence model, whose outputs may be no tokens, is fed with one."""
     with torch.no_grad():
         step = model.stepper()
+    feed_back = isinstance(model, VideoPredictor)
 
-    def run() -> object:
-        with torch.inference_mode():
-            return step(frame, state)
+    @torch.inference_mode()
+    def run() -> None:
+        u, after = frame, state
+        for _ in range(CONSECUTIVE):
+            y, after = step(u, after)
+            u = y if feed_back else u
 
     return run
 
