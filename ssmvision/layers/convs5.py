@@ -50,7 +50,8 @@ class ResNetFeedthrough(nn.Module):
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         """Frames y and u (n, u, h, w) → the same; u does not matter."""
         inner = self.conv1(self.norm1(y))
-        return _ACTIVATIONS[self.activation](y + self.conv2(self.norm2(inner)))
+        outer = self.conv2(self.norm2(inner))
+        return _ACTIVATIONS[self.activation](outer.add_(y))  # in place: memory of that size costs as much as the sum
 
     def for_steps(self) -> dict[str, Any]:
         """What `convs5_step` takes to do the same."""

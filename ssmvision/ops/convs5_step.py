@@ -53,7 +53,9 @@ def convs5_step(
         ValueError: An activation that does not exist.
     """
     options = groups, eps, activation_code(activation)
-    if u.is_cpu and u.dtype == torch.float32 and state.dtype == torch.complex64:
+    real, number = (u, B, C, *feedthrough), (state, A)
+    single = all(t.dtype == torch.float32 for t in real) and all(t.dtype == torch.complex64 for t in number)
+    if single and u.is_cpu and u.dim() == 4:
         tensors = (u, state, A, B, C, *(feedthrough or (None,) * 8))
         found = _backend.shortcut("convs5_step", _composite, _direct, "auto", *tensors, *options)
         if found is not None:

@@ -1,7 +1,7 @@
 """`frame_norm`, group normalization and activation of pictures: what surrounds the convolutions of ConvS5.
 
-Torch's own operators mean the same and run wherever something looks into the call; its channels-last kernel takes numbers
-one by one where a group is narrower than a vector, and its tanh form of GELU costs as much as a small convolution.
+Torch's own operators mean the same and run wherever something looks into the call. Its channels-last kernel takes
+numbers one by one where a group is narrower than a vector, and its tanh form of GELU costs a third of a convolution.
 
 Letters: n pictures, c channels, h height, w width.
 """
@@ -90,8 +90,8 @@ class _Direct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
         x, weight, bias, *statistics = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the definition's gradient is itself differentiable
-            _, pull = torch.func.vjp(lambda *tensors: reference.definition(*tensors, *ctx.options), x, weight, bias)
-            gradients = pull(dy)
+            vjp = torch.func.vjp(lambda *tensors: reference.definition(*tensors, *ctx.options), x, weight, bias)
+            gradients = vjp[1](dy)
         else:
             gradients = ctx.backend.backward(dy, x, weight, bias, *statistics, *ctx.options)
         return None, *gradients, None, None, None

@@ -78,8 +78,8 @@ def training(frames: int, repeats: int, names: Sequence[str] = ("ConvS5", "ConvL
 def generation(lengths: Sequence[int], repeats: int) -> dict[str, dict[int, float]]:
     """Milliseconds to generate one frame after videos of some lengths, at batch 1, by name and length.
 
-    Those of "sequence model" leave encoder and decoder, which all predictors share, out. What takes turns is to generate
-    `CONSECUTIVE` frames, one from the other, as a stream does.
+    Those of "sequence model" leave encoder and decoder, which all predictors share, out. What takes turns is to
+    generate `CONSECUTIVE` frames, one after the other, as a stream does.
     """
     calls: dict[str, dict[int, Callable[[], object]]] = {}
     for name, model in predictors().items():
@@ -163,7 +163,7 @@ def _conditioned(model: VideoPredictor, length: int) -> tuple[Any, Tensor]:
 
 
 def _frames(model: nn.Module, frame: Tensor, state: Any) -> Callable[[], None]:
-    """Generates `CONSECUTIVE` frames after a state; a sequence model, whose outputs may be no tokens, is fed with one."""
+    """Generates `CONSECUTIVE` frames after a state; a sequence model alone always gets the same one."""
     with torch.no_grad():
         step = model.stepper()
     feed_back = isinstance(model, VideoPredictor)

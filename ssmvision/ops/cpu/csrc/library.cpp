@@ -56,20 +56,6 @@ void to_rows(Optional& t) {
   if (t && !t->is_contiguous()) t = torch::stable::contiguous(*t);
 }
 
-// Uninitialized floats; with `swap`, the last dimension but one is the one whose elements are adjacent.
-Tensor allocate(std::vector<int64_t> size, bool swap = false) {
-  std::vector<int64_t> stride(size.size(), 1);
-  for (size_t i = size.size() - 1; i > 0; --i) stride[i - 1] = stride[i] * size[i];
-  if (swap) {
-    stride[size.size() - 2] = 1;
-    stride.back() = size[size.size() - 2];
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(),
-      aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // The operator as users call it: a single scan has no route dimension. The gate z is only checked, and multiplied with by
 // the caller.
 Direct call_scan_direct(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z, Optional bias,
@@ -285,139 +271,6 @@ void call_linear_scan_backward(Tensor dh, Optional dlast, Tensor h, Tensor a, Op
   });
 }
 
-// An uninitialized tensor of pictures (n, c, h, w), channels-last in memory.
-Tensor allocate_frames(int64_t n, int64_t c, int64_t h, int64_t w, int32_t type = aoti_torch_dtype_float32()) {
-  const int64_t size[] = {n, c, h, w}, stride[] = {h * w * c, 1, w * c, c};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, size, stride, type, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-void describe(FrameNorm& s, const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
-              int64_t activation) {
-  s.pictures = x.size(0);
-  s.channels = x.size(1);
-  s.pixels = x.size(2) * x.size(3);
-  s.groups = groups;
-  s.eps = float(eps);
-  s.weight = floats(weight);
-  s.bias = floats(bias);
-  s.activation = Activation(activation);
-  s.x = floats(x);
-}
-
-// Calls task(n) for every picture; few pixels stay on one thread.
-template <class Task>
-void for_each_picture(int64_t pictures, int64_t elements, const Task& task) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, pictures, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) task(n);
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> call_norm_forward(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps,
-                                                     int64_t activation) {
-  FrameNorm s;
-  describe(s, x, weight, bias, groups, eps, activation);
-  Tensor y = allocate_frames(x.size(0), x.size(1), x.size(2), x.size(3));
-  Tensor mean = allocate({s.pictures, s.channels}), inverse = allocate({s.pictures, s.channels});
-  s.y = floats(y);
-  s.mean = floats(mean);
-  s.inverse = floats(inverse);
-  for_each_picture(s.pictures, s.pixels * s.channels, [&](int64_t n) { norm_forward(s, n); });
-  return {y, mean, inverse};
-}
-
-std::tuple<Tensor, Tensor, Tensor> call_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean,
-                                                      Tensor inverse, int64_t groups, int64_t activation) {
-  FrameNormGrad s;
-  describe(s, x, weight, bias, groups, 0, activation);
-  Tensor dx = allocate_frames(x.size(0), x.size(1), x.size(2), x.size(3));
-  Tensor dweight = allocate({s.pictures, s.channels}), dbias = allocate({s.pictures, s.channels});
-  s.mean = floats(mean);
-  s.inverse = floats(inverse);
-  s.dy = floats(dy);
-  s.dx = floats(dx);
-  s.dweight = floats(dweight);
-  s.dbias = floats(dbias);
-  for_each_picture(s.pictures, s.pixels * s.channels, [&](int64_t n) { norm_backward(s, n); });
-  return {dx, dweight, dbias};
-}
-
-void expect(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-  if (Axes(t).is(shape) && t.dim() == int64_t(shape.size())) return;
-  const auto text = [](const auto& sizes) {
-    std::string out;
-    for (const int64_t size : sizes) out += (out.empty() ? "" : ", ") + std::to_string(size);
-    return "(" + out + ")";
-  };
-  throw std::runtime_error(std::string("convs5_step: ") + name + " has shape " + text(t.sizes()) + ", expected " + text(shape));
-}
-
-// The convolution of all pictures. Threads share rows, of about 10 us of work each.
-void convolve(FrameConv& s, std::vector<float>& room) {
-  room.resize(std::max<size_t>(room.size(), s.pictures * s.padded_height() * s.padded_width() * s.channels));
-  s.padded = room.data();
-  for_each_picture(s.pictures, s.height * s.width * s.channels, [&](int64_t n) { pad_frame(s, n); });
-  const int64_t row = s.width * s.kernel_height * s.kernel_width * s.channels * s.out_channels;
-  torch::stable::parallel_for(0, s.pictures * s.height, (1 << 18) / std::max<int64_t>(1, row) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end;) {
-      const int64_t n = i / s.height, y = i % s.height, y1 = std::min(s.height, y + end - i);
-      convolve_rows(s, n, y, y1);
-      i += y1 - y;
-    }
-  });
-}
-
-// The weight (k, k, c, o) of the next convolution, of pictures that the one before gave.
-void next(FrameConv& s, const char* name, const Tensor& weight, const float* x, float* y) {
-  s.channels = s.out_channels;
-  s.out_channels = weight.size(weight.dim() - 1);
-  s.kernel_height = weight.size(0);
-  s.kernel_width = weight.size(1);
-  expect(name, weight, {s.kernel_height, s.kernel_width, s.channels, s.out_channels});
-  s.weight = floats(weight);
-  s.bias = s.plus = nullptr;
-  s.norm.weight = nullptr;
-  s.x = x;
-  s.y = y;
-}
-
-std::tuple<Tensor, Tensor> call_convs5_step(
-    Tensor u, Tensor state, Tensor A, Tensor B, Tensor C, Optional norm1_weight, Optional norm1_bias, Optional conv1_weight,
-    Optional conv1_bias, Optional norm2_weight, Optional norm2_bias, Optional conv2_weight, Optional conv2_bias,
-    int64_t groups, double eps, int64_t activation) {
-  const int64_t n = u.size(0), dim = u.size(1), h = u.size(2), w = u.size(3), p = A.size(0);
-  expect("state", state, {n, p, h, w});
-  Tensor x = allocate_frames(n, p, h, w, aoti_torch_dtype_complex64()), y = allocate_frames(n, dim, h, w);
-  decay_states(floats(state), floats(A), n * h * w, p, floats(x));
-  std::vector<float> room;
-  FrameConv s{.pictures = n, .height = h, .width = w, .out_channels = dim};
-  next(s, "B", B, floats(u), floats(x));
-  s.plus = s.y;
-  convolve(s, room);
-  next(s, "C", C, floats(x), floats(y));
-  convolve(s, room);
-  if (!conv1_weight) return {y, x};
-
-  Tensor inner = allocate_frames(n, dim, h, w), out = allocate_frames(n, dim, h, w);
-  const auto block = [&](const char* name, const Tensor& weight, const Optional& bias, const Optional& norm_weight,
-                         const Optional& norm_bias, const Tensor& from, const Tensor& to) {
-    next(s, name, weight, floats(from), floats(to));
-    s.norm = {h * w, dim, groups, float(eps), floats(norm_weight), floats(norm_bias)};
-    s.bias = floats(bias);
-    s.before = Activation(activation);
-  };
-  block("conv1_weight", *conv1_weight, conv1_bias, norm1_weight, norm1_bias, y, inner);
-  convolve(s, room);
-  block("conv2_weight", *conv2_weight, conv2_bias, norm2_weight, norm2_bias, inner, out);
-  s.plus = floats(y);
-  s.after = Activation(activation);
-  convolve(s, room);
-  return {out, x};
-}
-
 // out = 2^x for x in [-126, 126], `passes` times over: what a core can do at most.
 void call_exp2(Tensor x, int64_t passes, Tensor out) { exp2_passes(floats(x), x.numel(), passes, floats(out)); }
 
@@ -438,16 +291,6 @@ STABLE_TORCH_LIBRARY(ssmvision_cpu, m) {
       "Tensor? D, Tensor? bias, Tensor? reset, Tensor? order, bool softplus, bool merge, int slices, "
       "Tensor checkpoints, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, "
       "Tensor(f!)? dD, Tensor(g!)? dbias, Tensor(h!) dinitial) -> ()");
-  m.def(
-      "frame_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, int activation) "
-      "-> (Tensor y, Tensor mean, Tensor inverse)");
-  m.def(
-      "frame_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor inverse, int groups, "
-      "int activation) -> (Tensor dx, Tensor dweight, Tensor dbias)");
-  m.def(
-      "convs5_step(Tensor u, Tensor state, Tensor A, Tensor B, Tensor C, Tensor? norm1_weight, Tensor? norm1_bias, "
-      "Tensor? conv1_weight, Tensor? conv1_bias, Tensor? norm2_weight, Tensor? norm2_bias, Tensor? conv2_weight, "
-      "Tensor? conv2_bias, int groups, float eps, int activation) -> (Tensor y, Tensor state)");
   m.def("slices(int batch, int channels, int elements) -> int");
   m.def("exp2(Tensor x, int passes, Tensor(a!) out) -> ()");
   m.def(
@@ -476,9 +319,6 @@ STABLE_TORCH_LIBRARY_IMPL(ssmvision_cpu, CPU, m) {
   m.impl("selective_scan_direct", TORCH_BOX(&ssmvision::call_scan_direct));
   m.impl("selective_scan_backward", TORCH_BOX(&ssmvision::call_scan_backward));
   m.impl("exp2", TORCH_BOX(&ssmvision::call_exp2));
-  m.impl("frame_norm", TORCH_BOX(&ssmvision::call_norm_forward));
-  m.impl("frame_norm_backward", TORCH_BOX(&ssmvision::call_norm_backward));
-  m.impl("convs5_step", TORCH_BOX(&ssmvision::call_convs5_step));
   m.impl("causal_conv1d", TORCH_BOX(&ssmvision::call_conv_forward));
   m.impl("causal_conv1d_backward", TORCH_BOX(&ssmvision::call_conv_backward));
   m.impl("ssd_scan", TORCH_BOX(&ssmvision::call_ssd_forward));

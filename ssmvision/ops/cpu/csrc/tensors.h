@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -63,6 +64,20 @@ inline View view(const Axes& x) {
 
 // (b, k, g, n, l)
 inline GroupedView grouped(const Axes& x) { return {view(x), x.stride[3], x.size[2]}; }
+
+// Uninitialized floats; with `swap`, the last dimension but one is the one whose elements are adjacent.
+inline Tensor allocate(std::vector<int64_t> size, bool swap = false) {
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t i = size.size() - 1; i > 0; --i) stride[i - 1] = stride[i] * size[i];
+  if (swap) {
+    stride[size.size() - 2] = 1;
+    stride.back() = size[size.size() - 2];
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(),
+      aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
 
 // Into how many channel slices a sample is cut so that every thread has work.
 inline int64_t slice_count(int64_t batch, int64_t channels, int64_t elements) {
