@@ -183,7 +183,7 @@ def print_convs5(repeats: int, frames: int = 300, lengths: tuple[int, int] = (50
         print_figure(f"ConvLSTM / ConvS5, {kind}", trained["ConvLSTM"][kind] / trained["ConvS5"][kind], bar)
 
     short, long = lengths
-    print(f"\none more frame, after {short} and {long} frames: milliseconds, and bytes of the state")
+    print(f"\na frame of {video.CONSECUTIVE} in a row, after {short} and {long}: milliseconds, and bytes of the state")
     generated, states = video.generation(lengths, repeats), video.state_bytes(lengths)
     for name, ms in generated.items():
         state = states.get(name, {})

@@ -50,7 +50,7 @@ class ConvLSTM(nn.Module):
                 state = state[0].masked_fill(start, 0), state[1].masked_fill(start, 0)
             y, state = self.step(frame, state)
             outputs.append(y)
-        return torch.stack(outputs, dim=1), state
+        return torch.stack(outputs, dim=1) if outputs else u, state
 
     def step(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         """One frame (b, c, h, w) after `state`: its output and the next state."""

@@ -323,7 +323,14 @@ class VideoPredictor(nn.Module):
 
     @torch.no_grad()
     def stream(self, video: Tensor) -> Iterator[Tensor]:
-        """Frames (b, in_channels, h, w) that go on after a video (b, t, in_channels, h, w), without an end."""
+        """Frames (b, in_channels, h, w) that go on after a video (b, t, in_channels, h, w), without an end.
+
+        Raises:
+            ValueError: A video of another shape, or without a frame to go on from.
+        """
+        self._check(video)
+        if not video.shape[1]:
+            raise ValueError("a video of no frames has none to go on from")
         state, frame, step = self.condition(video[:, :-1]), video[:, -1], self.stepper()
         while True:
             frame, state = step(frame, state)
@@ -331,7 +338,8 @@ class VideoPredictor(nn.Module):
 
     def generate(self, video: Tensor, frames: int) -> Tensor:
         """The next frames (b, frames, in_channels, h, w) of a video, each predicted from the ones before it."""
-        return torch.stack(list(islice(self.stream(video), frames)), dim=1)
+        after = (frame.unsqueeze(1) for frame in islice(self.stream(video), frames))
+        return torch.cat([video[:, :0], *after], dim=1)
 
     def _encode(self, frames: Tensor, actions: Tensor) -> Tensor:
         features = self.encoder(frames)

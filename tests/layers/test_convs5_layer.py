@@ -41,8 +41,14 @@ def stepwise(layer, u: torch.Tensor, state):
 
 @pytest.mark.parametrize("length", [1, 7, 300])
 @pytest.mark.parametrize("layer", [convs5(), convs5(feedthrough="standard"), convs5(feedthrough="half_glu")])
-def test_steps_equal_the_scan(layer: ConvS5, length: int) -> None:
+@pytest.mark.parametrize("grad", [True, False], ids=["differentiable", "native"])
+def test_steps_equal_the_scan(layer: ConvS5, length: int, grad: bool) -> None:
     u, start = frames(length), torch.randn(2, 4, *SIZE, dtype=torch.complex64)
+    with torch.set_grad_enabled(grad):
+        assert_steps_equal_the_scan(layer, u, start)
+
+
+def assert_steps_equal_the_scan(layer: ConvS5, u: torch.Tensor, start: torch.Tensor) -> None:
     for state in (start, layer.initial_state(2, *SIZE)):
         y, last = layer(u, state)
         steps, stepped = stepwise(layer, u, state)

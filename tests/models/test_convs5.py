@@ -161,6 +161,13 @@ def test_generation_feeds_back_what_it_predicts() -> None:
         torch.testing.assert_close(model(seen)[:, -1], frames[:, count], rtol=1e-4, atol=1e-5)
 
 
+def test_there_may_be_nothing_to_generate_but_not_from_nothing() -> None:
+    model, video = make("test_convs5"), clip(3)
+    assert model.generate(video, 0).shape == (2, 0, 1, 16, 16)
+    with pytest.raises(ValueError, match="a video of no frames has none to go on from"):
+        model.generate(video[:, :0], 3)
+
+
 def test_a_transformer_generates_the_same_with_and_without_its_cache() -> None:
     model, video = make(TRANSFORMER), clip(4)
     cached = model.generate(video, 3)
