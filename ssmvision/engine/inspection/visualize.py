@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmvision.data import UserError
 from ssmvision.ops import routes as scan_routes
@@ -18,6 +17,7 @@ from ssmvision.ops import routes as scan_routes
 from ..models import load_trained
 from ..pictures import save_png
 from ..predict import read_images
+from .scans import watch_scans
 
 PICTURES = ("receptive-field", "routes", "features")
 _INK = "#24292f"
@@ -82,21 +82,6 @@ def receptive_field(model: Any, images: Tensor) -> Tensor:
     return total / total.max().clamp(min=1e-30)
 
 
-class _PerRoute(TorchDispatchMode):
-    """Scans once more, without merging, wherever several routes are merged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[Tensor, Tensor | None]] = []  # outputs (b, k, d, l) and the routes (k, t)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.ssmvision.selective_scan_forward.default:
-            # Without D: the skip connection adds the same to every route.
-            scan = func(*args[:5], None, *args[6:-2], False, args[-1])
-            self.found.append((scan[0], args[10]))
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def route_contributions(model: Any, image: Tensor) -> list[tuple[Tensor, list[str]]]:
     """How much each route adds to a layer's output: for every layer of scans norms over channels (k, h, w), and names.
@@ -108,17 +93,18 @@ def route_contributions(model: Any, image: Tensor) -> list[tuple[Tensor, list[st
     Raises:
         NothingToDraw: For a model without scans over whole maps.
     """
-    with _PerRoute() as scans:
-        model(image)
     found = []
-    for y, routes in scans.found:
+    for call in watch_scans(model, image):
+        if call.operator != "selective_scan":
+            continue
+        y = call.again(D=None, merge=False)  # the skip connection adds the same to every route
         tokens = y.transpose(2, 3).flatten(0, 1)  # (k, l, d)
         if getattr(model, "num_prefix_tokens", 0):
             tokens = model._split(tokens)[1]
         norms = tokens.norm(dim=-1)
         grid = _grid(norms.shape[1], image.shape[2:])
         if y.shape[0] == 1 and grid:
-            found.append((norms.unflatten(1, grid), _names_of(routes, y.shape[1], grid)))
+            found.append((norms.unflatten(1, grid), _names_of(call.arguments["routes"], y.shape[1], grid)))
     if not found:
         raise NothingToDraw(f"{type(model).__name__} has no scan over a whole map.")
     return found
