@@ -39,7 +39,7 @@ def add_model_arguments(group: _ArgumentGroup) -> None:
     group.add_argument("--num-classes", type=int, metavar="N", help="Classes that plain weights were trained for.")
     group.add_argument("--in-chans", type=int, metavar="N", help="Image channels. Default: the model's.")
     group.add_argument("--img-size", type=int, metavar="PIXELS", help="Side of square inputs. Default: the model's.")
-    group.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="Channels, height and width.")
+    group.add_argument("--input-size", type=int, nargs="+", metavar="N", help="Channels and sides, such as 3 224 224.")
     group.add_argument("--crop-pct", type=float, metavar="X", help="Part of the image that is looked at.")
     group.add_argument(
         "--model-kwargs", nargs="*", action=ParseKwargs, default={}, metavar="KEY=VALUE", help="Constructor arguments."

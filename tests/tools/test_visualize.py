@@ -1,5 +1,7 @@
 """The pictures of what a model sees."""
 
+from itertools import product
+
 import pytest
 import torch
 from PIL import Image
@@ -17,9 +19,11 @@ from tools import visualize as tool
         ("test_vmamba", ["receptive-field", "routes", "features"]),
         ("test_vim", ["receptive-field", "routes", "features"]),
         ("test_vssd", ["receptive-field", "features"]),
+        ("test_vm_unet", ["receptive-field", "routes"]),
     ],
 )
 def test_pictures_are_written_and_named(name, pictures, photo, tmp_path, capsys):
+    torch.manual_seed(0)
     assert tool.main([str(photo), "--model", name, "--output", str(tmp_path / "out")]) == 0
     files = [tmp_path / "out" / f"{name}_{picture}.png" for picture in pictures]
     out = capsys.readouterr().out
@@ -30,12 +34,31 @@ def test_pictures_are_written_and_named(name, pictures, photo, tmp_path, capsys)
     assert sorted((tmp_path / "out").iterdir()) == sorted(files)
 
 
+@pytest.mark.parametrize(
+    ("shown", "arguments", "pictures"),
+    [
+        ("volume", ["test_segmamba"], {"receptive-field"}),
+        ("frames", ["test_videomamba_video", "--num-frames", "4", "--img-size", "64"], {"receptive-field", "features"}),
+    ],
+)
+def test_of_volumes_and_clips_the_middle_is_drawn(shown, arguments, pictures, tmp_path, capsys, request):
+    output = tmp_path / "out"
+    assert tool.main([str(request.getfixturevalue(shown)), "--model", *arguments, "--output", str(output)]) == 0
+    assert {file.stem.partition(f"{arguments[0]}_")[2] for file in output.iterdir()} == pictures
+    assert "no routes: routes are drawn over images, not over clips or volumes." in capsys.readouterr().out
+
+
 def test_a_receptive_field_is_what_reaches_the_centre():
     convolution = torch.nn.Conv2d(3, 4, 3, padding=1)
     convolution.forward_intermediates = lambda x, indices, intermediates_only: [convolution(x) + 1e3]
     field = engine.receptive_field(convolution, torch.randn(2, 3, 9, 9))
     assert field.max() == 1
     assert {tuple(at) for at in field.nonzero().tolist()} == {(i, j) for i in (3, 4, 5) for j in (3, 4, 5)}
+
+
+def test_a_segmenter_reads_around_the_centre_of_a_volume():
+    field = engine.receptive_field(torch.nn.Conv3d(1, 2, 3, padding=1), torch.randn(2, 1, 5, 7, 9))
+    assert {tuple(at) for at in field.nonzero().tolist()} == set(product((1, 2, 3), (2, 3, 4), (3, 4, 5)))
 
 
 def test_routes_add_up_to_what_the_scan_gives():
