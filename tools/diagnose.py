@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ssmvision.engine import add_model_arguments, parse_with_config, run_command
+from ssmvision.engine import add_input_arguments, parse_with_config, run_command
 
 EPILOG = """
 Each scan is followed as the flow of its tokens that a deep stack of it would be, from the tokens of your images:
@@ -43,18 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "diagnose.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="FILE|DIR",
-        help="Images, and folders that are searched for them; NIfTI files for models of volumes; or `random`.",
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="The flags below as keys. Flags override it.")
-    model = parser.add_argument_group("model", "Which network, and its weights.")
-    add_model_arguments(model)
-    model.add_argument(
-        "--num-frames", type=int, metavar="N", help="The first N images are a clip, for models of video."
-    )
+    add_input_arguments(parser)
     group = parser.add_argument_group("diagnosis", "What is followed, and where it is written.")
     group.add_argument(
         "--max-images",

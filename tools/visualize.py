@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ssmvision.engine import add_model_arguments, parse_with_config, run_command
+from ssmvision.engine import add_input_arguments, parse_with_config, run_command
 
 EPILOG = """
 pictures (OUTPUT/NAME_PICTURE.png):
@@ -30,18 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "visualize.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="FILE|DIR",
-        help="Images, and folders that are searched for them; NIfTI files for models of volumes; or `random`.",
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="The flags below as keys. Flags override it.")
-    model = parser.add_argument_group("model", "Which network, and its weights.")
-    add_model_arguments(model)
-    model.add_argument(
-        "--num-frames", type=int, metavar="N", help="The first N images are a clip, for models of video."
-    )
+    add_input_arguments(parser)
     group = parser.add_argument_group("pictures", "What is drawn.")
     kinds = ("receptive-field", "routes", "features")
     group.add_argument("--picture", nargs="+", choices=kinds, help="Default: all that the model has.")

@@ -23,7 +23,7 @@ def load_with_inputs(args: Namespace, limit: int | None = None) -> tuple[Any, Te
     """The model that the flags name, in evaluation mode, and its inputs.
 
     Args:
-        args: `inputs`, `num_frames`, and what `add_model_arguments` adds.
+        args: The flags of `add_input_arguments`.
         limit: Most images or volumes that are read.
 
     Returns:
