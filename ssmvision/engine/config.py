@@ -39,7 +39,7 @@ def add_model_arguments(group: _ArgumentGroup) -> None:
     group.add_argument("--num-classes", type=int, metavar="N", help="Classes that plain weights were trained for.")
     group.add_argument("--in-chans", type=int, metavar="N", help="Image channels. Default: the model's.")
     group.add_argument("--img-size", type=int, metavar="PIXELS", help="Side of square inputs. Default: the model's.")
-    group.add_argument("--input-size", type=int, nargs="+", metavar="N", help="Channels and sides, such as 3 224 224.")
+    group.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="Channels, height and width.")
     group.add_argument("--crop-pct", type=float, metavar="X", help="Part of the image that is looked at.")
     group.add_argument(
         "--model-kwargs", nargs="*", action=ParseKwargs, default={}, metavar="KEY=VALUE", help="Constructor arguments."
@@ -57,7 +57,9 @@ def add_input_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE.yaml", help="The flags below as keys. Flags override it.")
     group = parser.add_argument_group("model", "Which network, and its weights.")
     add_model_arguments(group)
-    group.add_argument("--num-frames", type=int, metavar="N", help="The first N images are one clip, for video models.")
+    group.add_argument(
+        "--num-frames", type=int, metavar="N", help="Frames of a clip, the first N images, or slices of a volume."
+    )
 
 
 def _read_config(parser: ArgumentParser, path: str) -> dict[str, Any]:

@@ -113,9 +113,9 @@ def test_regimes_have_their_colours():
         (["{photo}", "--model", "test_umamba_enc"], "The model takes 8 images as frames or slices, not 1."),
         (["{volume}", "--model", "test_umamba_enc"], "{volume} cannot be read: "),
         (["random", "--model", "test_segmamba_nossm"], "SegMamba has no selective scan, whose tokens"),
-        (["random", "--model", "test_segmamba", "--input-size", "1", "16", "16", "20"], "needs sides that are mult"),
+        (["random", "--model", "test_segmamba", "--input-size", "1", "16", "20"], "needs sides that are mult"),
         (["random", "--model", "test_convs5"], "test_convs5 predicts video: it has neither selective scans to follow"),
-        (["random", "--model", "unet_vmamba_tiny"], "unet_vmamba_tiny needs --input-size: channels and two or three"),
+        (["random", "--model", "unet_vmamba_tiny"], "unet_vmamba_tiny has no input size of its own: say --input-size"),
     ],
 )
 def test_errors_are_one_sentence(arguments, message, complaint):

@@ -51,10 +51,10 @@ def load_with_inputs(args: Namespace, limit: int | None = None) -> tuple[Any, Te
 
 
 def _load_network(args: Namespace) -> tuple[Any, tuple[int, ...]]:
-    """The network, and the depth of its volumes or the frames of its clips, if it takes these."""
-    size = args.input_size or network_cfg(args.model).input_size
-    if len(size) not in (3, 4):
-        raise UserError(f"{args.model} needs --input-size: channels and two or three sides, such as 3 224 224.")
+    """The network, and as many slices or frames as it was made for, if it takes volumes or clips."""
+    size = network_cfg(args.model).input_size or args.input_size
+    if not size:
+        raise UserError(f"{args.model} has no input size of its own: say --input-size 3 224 224, or another.")
     channels = args.input_size[0] if args.input_size else args.in_chans
     weights: dict[str, Any] = {"pretrained": args.pretrained, "checkpoint_path": args.checkpoint}
     model = create_model(
@@ -67,7 +67,6 @@ def _load_network(args: Namespace) -> tuple[Any, tuple[int, ...]]:
     model.pretrained_cfg = {
         "input_size": (model.in_channels, height, width), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0,
     }  # fmt: skip
-    args.input_size = None
     return model, tuple(depth)
 
 
