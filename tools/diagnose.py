@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ssmvision.engine import add_model_arguments, parse_with_config, run_command
+from ssmvision.engine import add_input_arguments, parse_with_config, run_command
 
 EPILOG = """
 Each scan is followed as the flow of its tokens that a deep stack of it would be, from the tokens of your images:
@@ -31,6 +31,10 @@ examples:
 
   a training run on some of the images it was validated on
     python tools/diagnose.py flowers/val/daisy --max-images 4 --model output/train/flowers
+
+  a segmenter on a volume, standardized and cut to the size it was made for; a model of video on eight frames
+    python tools/diagnose.py case.nii.gz --model umamba_enc_3d --checkpoint weights.pth
+    python tools/diagnose.py frames --model videomamba_tiny_patch16_video --num-frames 8
 """
 
 
@@ -39,12 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "diagnose.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", metavar="FILE|DIR", help="Images, and folders that are searched for them.")
-    parser.add_argument("--config", metavar="FILE.yaml", help="The flags below as keys. Flags override it.")
-    add_model_arguments(parser.add_argument_group("model", "Which network, and its weights."))
+    add_input_arguments(parser)
     group = parser.add_argument_group("diagnosis", "What is followed, and where it is written.")
     group.add_argument(
-        "--max-images", type=int, default=4, metavar="N", help="The first N count. Default: %(default)s."
+        "--max-images",
+        type=int,
+        default=4,
+        metavar="N",
+        help="The first N images or volumes count. Default: %(default)s.",
     )
     group.add_argument("--output", default="output/diagnose", metavar="DIR", help="Default: %(default)s.")
     return parser

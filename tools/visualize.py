@@ -7,13 +7,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ssmvision.engine import add_model_arguments, parse_with_config, run_command
+from ssmvision.engine import add_input_arguments, parse_with_config, run_command
 
 EPILOG = """
 pictures (OUTPUT/NAME_PICTURE.png):
   receptive-field  gradient of the centre of the last feature map by the pixels, averaged over all images
   routes           what every route of a selective scan adds to the output of its layer, on the first image
   features         the three principal components of four feature maps as colours, on the first image
+Segmenters show the receptive field of their output; of volumes and clips the middle slice or frame is drawn.
 
 examples:
   all three of published weights
@@ -29,9 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "visualize.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", metavar="FILE|DIR", help="Images, and folders that are searched for them.")
-    parser.add_argument("--config", metavar="FILE.yaml", help="The flags below as keys. Flags override it.")
-    add_model_arguments(parser.add_argument_group("model", "Which network, and its weights."))
+    add_input_arguments(parser)
     group = parser.add_argument_group("pictures", "What is drawn.")
     kinds = ("receptive-field", "routes", "features")
     group.add_argument("--picture", nargs="+", choices=kinds, help="Default: all that the model has.")

@@ -2,7 +2,7 @@
 
 from .checkpoint import ResumeError, load_checkpoint, save_checkpoint
 from .command import run_command
-from .config import ConfigError, add_model_arguments, parse_with_config
+from .config import ConfigError, add_input_arguments, add_model_arguments, parse_with_config
 from .evaluate import evaluate
 from .export import export_folder
 from .models import ModelError
@@ -20,6 +20,7 @@ __all__ = [
     "ModelError",
     "ResumeError",
     "Trainer",
+    "add_input_arguments",
     "add_model_arguments",
     "evaluate",
     "export_folder",

@@ -46,6 +46,22 @@ def add_model_arguments(group: _ArgumentGroup) -> None:
     )
 
 
+def add_input_arguments(parser: ArgumentParser) -> None:
+    """Adds the flags that `inspection.inputs` reads, with those of `add_model_arguments`."""
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="FILE|DIR",
+        help="Images, and folders that are searched for them; NIfTI files for models of volumes; or random, for noise.",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="The flags below as keys. Flags override it.")
+    group = parser.add_argument_group("model", "Which network, and its weights.")
+    add_model_arguments(group)
+    group.add_argument(
+        "--num-frames", type=int, metavar="N", help="Frames of a clip, the first N images, or slices of a volume."
+    )
+
+
 def _read_config(parser: ArgumentParser, path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:

@@ -13,6 +13,7 @@ from torch import nn
 
 import ssmvision
 from ssmvision.data import UserError
+from ssmvision.models._networks import is_network
 
 from .checkpoint import ResumeError, load_checkpoint
 
@@ -41,6 +42,8 @@ def image_size(args: Namespace) -> int | tuple[int, ...] | None:
 
 def build_model(args: Namespace, num_classes: int) -> Any:
     """Makes the model that the arguments of a training run describe."""
+    if is_network(args.model):
+        raise ModelError(f"{args.model} is no classifier of images, the only models that this tool can use.")
     kwargs = dict(args.model_kwargs or {})
     fixed_size = timm.is_model(args.model) and get_pretrained_cfg_value(args.model, "fixed_input_size")
     if image_size(args) and fixed_size:

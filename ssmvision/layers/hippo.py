@@ -8,6 +8,7 @@ Letters: n state size, r rank, s = n / 2 states of which each stands for a conju
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -160,7 +161,7 @@ def nplr(measure: str, n: int, rank: int = 1, clip: bool = True) -> tuple[Tensor
     return W, P, torch.complex(B.real, B.imag.clamp(-2, 2)) if clip else B, V
 
 
-DIAGONAL_INITS = ("lin", "inv", "inv2", "quad", "real", "random", *NPLR_MEASURES)
+DIAGONAL_INITS = ("lin", "inv", "inv2", "quad", "real", "random", *(m for m in NPLR_MEASURES if m != "legt"))
 
 
 def diagonal_init(init: str, n: int) -> tuple[Tensor, Tensor]:
@@ -169,21 +170,32 @@ def diagonal_init(init: str, n: int) -> tuple[Tensor, Tensor]:
     Args:
         init: "lin", "inv", "inv2", "quad", "real"; "random", drawn anew at each call, which others are held against: a
             log-normal real part around the -1/2 of most others, a half-normal imaginary part; or a measure of
-            `NPLR_MEASURES` ("legs", ...) whose low-rank correction is dropped. With or without "diag-" before it.
+            `NPLR_MEASURES` ("legs", ...) whose low-rank correction is dropped, but "legt", all of whose damping is in
+            its correction of rank 2. With or without "diag-" before it.
         n: State size, even.
 
     Returns:
         A and B (s), complex128; each stands for a conjugate pair.
 
     Raises:
-        ValueError: An initialization that does not exist.
+        ValueError: An initialization that does not exist, or "legt".
+
+    Warns:
+        UserWarning: A measure whose damping is all in the dropped correction ("lagt", "fourier", ...): A is imaginary.
     """
     init, steps = init.removeprefix("diag-"), _steps(n // 2)
-    if init in _LOW_RANK:
-        W, _, B, _ = nplr(init, n, rank=len(_LOW_RANK[init](n)))
-        return W, B
+    if init == "legt":
+        raise ValueError(
+            "no state of 'legt' fades without its low-rank correction: use S4Kernel with rank=2, or 'legs'"
+        )
     if init not in DIAGONAL_INITS:
         raise ValueError(f"there is no initialization {init!r}; known: {', '.join(DIAGONAL_INITS)}")
+    if init in _LOW_RANK:
+        W, _, B, _ = nplr(init, n)
+        if W.real.max() > -1e-9:
+            kept = "S4Kernel keeps it, and 'legs' or 'foud' fade without"
+            warnings.warn(f"no state of {init!r} fades without its low-rank correction: {kept}", stacklevel=2)
+        return W, B
     ones = torch.ones(n // 2, dtype=torch.complex128)
     if init == "real":
         return torch.complex(-(steps + 1), torch.zeros_like(steps)), ones

@@ -97,17 +97,13 @@ def build_model(
     return model
 
 
-_lowered: list[Any] = []  # contexts of the models that are being called, outermost first
-
-
 # Functions of the module, since a model is copied and pickled together with its hooks.
 def _lower_operators(model: nn.Module, args: Any) -> None:
-    _lowered.append(lowered_for_export())
-    _lowered[-1].__enter__()
+    lowered_for_export().__enter__()
 
 
 def _restore_operators(model: nn.Module, args: Any, output: Any) -> None:
-    _lowered.pop().__exit__(None, None, None)
+    lowered_for_export().__exit__()
 
 
 def _fetch(cfg: PretrainedCfg, variant: str, model_cls: Any, cache_dir: str | Path | None) -> Path | None:

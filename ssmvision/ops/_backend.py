@@ -4,8 +4,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -29,18 +28,19 @@ _DEVICES: dict[str, Callable[[], tuple[str, ...]]] = {"cpu": lambda: ("cpu",), "
 _lowering = 0  # how many `lowered_for_export` are open
 
 
-@contextmanager
-def lowered_for_export() -> Iterator[None]:
+class lowered_for_export:
     """Inside, `torch.export` and all that builds on it see operators as standard ones of torch instead of ours.
 
     What is exported then runs where this package is not installed. Outside of an export nothing changes. A single call
     asks for the same, at any time, by `backend="exportable"`.
     """
-    global _lowering
-    _lowering += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        global _lowering
+        _lowering += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _lowering
         _lowering -= 1
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ssmvision import create_model
+from ssmvision.engine.inspection.scans import watch_scans
 from ssmvision.engine.inspection.token_flow import REGIMES, Scan, find_scans, follow
-from ssmvision.engine.inspection.visualize import _PerRoute
 
 CONVERGENT, SLOW, FAST = REGIMES
 
@@ -50,12 +50,11 @@ def test_growth_is_as_fast_as_the_theory_says():
 def test_velocity_is_what_the_layer_adds(name):
     torch.manual_seed(0)
     model, image = create_model(name).eval(), torch.randn(2, 3, 64, 64)
-    with torch.no_grad(), _PerRoute() as watched:
-        model(image)
-    scans = find_scans(model, image)
-    assert len(scans) == len(watched.found)
-    for scan, (y, routes) in zip(scans, watched.found, strict=True):
+    scans, calls = find_scans(model, image), watch_scans(model, image)
+    assert len(scans) == len(calls)
+    for scan, call in zip(scans, calls, strict=True):
         assert scan.layer in dict(model.named_modules())
+        y, routes = call.again(D=None, merge=False), call.arguments["routes"]
         velocity = scan.velocity(scan.u)
         for i in range(y.shape[1]):
             route = slice(None) if routes is None else routes[i]

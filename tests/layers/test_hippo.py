@@ -1,11 +1,14 @@
 """HiPPO matrices and what is made of them: golden cases, normality, stability."""
 
+import math
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from ssmvision.engine.verify import verify_case
+from ssmvision.layers import S4DKernel
 from ssmvision.layers.hippo import (
     DIAGONAL_INITS,
     NPLR_MEASURES,
@@ -45,12 +48,31 @@ def test_normal_form_is_the_same_system(measure):
     torch.testing.assert_close((full @ torch.cat([b, b.conj()])).real, B, rtol=1e-12, atol=1e-12)
 
 
+UNDAMPED = ("lagt", "fourier", "fout", "fourier_decay", "fourier2")
+
+
 @pytest.mark.parametrize("init", DIAGONAL_INITS)
-def test_diagonal_systems_are_stable(init):
-    A, B = diagonal_init(f"diag-{init}", 16)
+def test_diagonal_systems_fade_or_warn(init):
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        A, B = diagonal_init(f"diag-{init}", 16)
     assert A.shape == B.shape == (8,)
-    assert A.real.max() <= 1e-12
     assert A.imag.max() <= 1e-12
+    if init in UNDAMPED:
+        assert A.real.abs().max() <= 1e-12
+        assert [str(w.message)[:42] for w in warned] == [f"no state of {init!r} fades without its low-rank"[:42]]
+    else:
+        assert A.real.max() < -0.05
+        assert not warned
+
+
+def test_a_layer_keeps_the_small_damping_of_the_official_one():
+    with pytest.warns(UserWarning, match="no state of 'fourier' fades"):
+        layer = S4DKernel(2, d_state=8, init="fourier")
+    torch.testing.assert_close(layer.A_real, torch.full_like(layer.A_real, math.log(1e-4)))
+    with pytest.raises(ValueError, match="no state of 'legt' fades without its low-rank correction"):
+        S4DKernel(2, d_state=8, init="legt")
 
 
 @pytest.mark.parametrize("n", [16, 32, 64])

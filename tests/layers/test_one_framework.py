@@ -4,6 +4,7 @@ Every operator and layer is y = M v with a matrix M that depends on the input; M
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed
 
-from ssmvision.engine.inspection.mixing import mixing_matrix, recorded_scans, toeplitz
+from ssmvision.engine.inspection.mixing import mixing_matrix, toeplitz
+from ssmvision.engine.inspection.scans import watch_scans
 from ssmvision.layers import (
     S5,
     SS2D,
@@ -256,15 +258,15 @@ def test_mamba3_without_rotation_and_trapezoids_is_ssd():
 
 
 def mamba_matrix():
-    return mixing_matrix(recorded_scans(Mamba(8, d_state=N), torch.randn(1, L, 8))[0])[0]
+    return mixing_matrix(watch_scans(Mamba(8, d_state=N), torch.randn(1, L, 8))[0])[0]
 
 
 def mamba2_matrix():
-    return mixing_matrix(recorded_scans(Mamba2(8, d_state=N, headdim=4), torch.randn(1, L, 8))[0])[0]
+    return mixing_matrix(watch_scans(Mamba2(8, d_state=N, headdim=4), torch.randn(1, L, 8))[0])[0]
 
 
 def bimamba_matrix():
-    return mixing_matrix(recorded_scans(BiMamba(8, d_state=N), torch.randn(1, L, 8))[0])[0]
+    return mixing_matrix(watch_scans(BiMamba(8, d_state=N), torch.randn(1, L, 8))[0])[0]
 
 
 def s4d_matrix():
@@ -299,15 +301,12 @@ def test_what_the_second_half_knows_of_the_first_passes_through_n_states(matrix,
 
 @pytest.mark.parametrize("make", [lambda: Mamba(8, d_state=N), lambda: Mamba2(8, d_state=N, headdim=4)])
 def test_the_matrix_of_a_layer_is_what_its_scan_computes(make):
-    scan = recorded_scans(make(), torch.randn(1, L, 8))[0]
-    tokens, *rest = scan.arguments
-    rest[4] = rest[5] = None  # neither skip connection nor gate
-    y = getattr(torch.ops.ssmvision, scan.operator)(tokens, *rest)[0][0]
+    scan = watch_scans(make(), torch.randn(1, L, 8))[0]
     M = mixing_matrix(scan)
     if scan.operator == "selective_scan":
-        close(torch.einsum("dij,dj->di", M, tokens[0]), y)
+        close(torch.einsum("dij,dj->di", M, scan.arguments["u"][0, 0]), scan.again(D=None)[0, 0])
     else:
-        close(torch.einsum("hij,jhp->ihp", M, tokens[0]), y)
+        close(torch.einsum("hij,jhp->ihp", M, scan.arguments["x"][0]), scan.again()[0])
 
 
 def test_convolutions_are_constant_along_diagonals_and_selection_ends_that():
@@ -338,11 +337,11 @@ def test_states_that_decay_differently_have_no_scalar_mask(states_decay_alike, b
 
 def test_steps_per_channel_are_a_matrix_per_channel():
     """All channels of an SSD head share one matrix; those of Mamba span as many dimensions as there are channels."""
-    mamba = mixing_matrix(recorded_scans(Mamba(4, d_state=N), torch.randn(1, L, 4))[0])
+    mamba = mixing_matrix(watch_scans(Mamba(4, d_state=N), torch.randn(1, L, 4))[0])
     assert rank(mamba.flatten(1)) == len(mamba) == 8
-    scan = recorded_scans(Mamba2(4, d_state=N, headdim=8), torch.randn(1, L, 4))[0]
+    scan = watch_scans(Mamba2(4, d_state=N, headdim=8), torch.randn(1, L, 4))[0]
     assert len(mixing_matrix(scan)) == 1
-    channels = ssd_scan(torch.randn(1, L, 1, 8), *scan.arguments[1:5])[0]
+    channels = scan.again(x=torch.randn(1, L, 1, 8))
     assert channels.shape == (1, L, 1, 8)
 
 
@@ -414,10 +413,9 @@ def test_a_second_dimension_needs_a_state_per_pixel_of_the_border():
 def test_four_routes_are_four_semiseparable_matrices_in_four_orders():
     """Each has rank N in its own order; summed in raster order, their blocks have none so low."""
     layer, x = SS2D(4, d_state=N), torch.randn(1, 5, 5, 4)
-    scan = recorded_scans(layer, x)[0]
+    scan = watch_scans(layer, x)[0]
     M = mixing_matrix(scan)[0]
-    merge = 13
-    single = mixing_matrix(scan._replace(arguments=(*scan.arguments[:merge], False, *scan.arguments[merge + 1 :])))
+    single = mixing_matrix(replace(scan, arguments=scan.arguments | {"merge": False}))
     for k, route in enumerate(routes.cross(5, 5)):
         ordered = single[k, 0][route][:, route]
         assert not ordered.triu(1).any()

@@ -19,10 +19,30 @@ def photo(tmp_path):
 
 
 @pytest.fixture
+def volume(tmp_path):
+    """A bright ball off the centre of 20 x 24 x 28 voxels."""
+    nibabel = pytest.importorskip("nibabel")
+    x, y, z = torch.meshgrid(*(torch.arange(float(side)) for side in (20, 24, 28)), indexing="ij")
+    ball = 100.0 * (((x - 8) ** 2 + (y - 12) ** 2 + (z - 14) ** 2) < 36)
+    nibabel.save(nibabel.Nifti1Image(ball.numpy(), torch.eye(4).numpy()), tmp_path / "ball.nii.gz")
+    return tmp_path / "ball.nii.gz"
+
+
+@pytest.fixture
+def frames(photo, tmp_path):
+    """Five images, in one folder."""
+    (tmp_path / "frames").mkdir()
+    for i in range(5):
+        Image.open(photo).rotate(10 * i).save(tmp_path / "frames" / f"{i}.png")
+    return tmp_path / "frames"
+
+
+@pytest.fixture
 def complaint(photo, tmp_path, capsys):
-    """Runs a tool on `{photo}`, or on `{text}`, which is no image; returns what it complains of, under those names."""
-    (tmp_path / "text.jpg").write_text("no image")
-    names = {"photo": photo, "text": tmp_path / "text.jpg"}
+    """Runs a tool on `{photo}`, or on `{text}` or `{volume}`, which are none; what it complains of, by those names."""
+    names = {"photo": photo, "text": tmp_path / "text.jpg", "volume": tmp_path / "text.nii.gz"}
+    for name in ("text", "volume"):
+        names[name].write_text("no image")
 
     def run(tool, arguments):
         arguments = [argument.format(**names) for argument in arguments]

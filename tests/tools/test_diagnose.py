@@ -10,8 +10,9 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 from ssmvision.engine import export_folder
 from ssmvision.engine.inspection.diagnose import REGIMES, diagnose_model, draw
+from ssmvision.engine.inspection.inputs import _read_volume
 from tools import diagnose as tool
-from tools import visualize
+from tools import predict, visualize
 
 SMALL = ["--model", "test_vim", "--img-size", "32"]
 
@@ -60,6 +61,37 @@ def test_images_are_counted_up_to_the_limit(photo, tmp_path, capsys):
     assert {float(row["agree"]) for row in rows} <= {0.5, 1}
 
 
+@pytest.mark.parametrize(
+    ("shown", "model", "layer"),
+    [
+        ("photo", ["test_umamba_bot"], "mamba_layer.mamba"),
+        ("photo", ["test_vm_unet", "--input-size", "3", "32", "32"], "layers.0.blocks.0.op"),
+        ("volume", ["test_umamba_enc"], "encoder.mamba_layers.0.mamba"),
+        ("frames", ["test_vivim"], "stages.0.0.mamba"),
+        ("frames", ["test_videomamba_video", "--num-frames", "4", "--img-size", "32"], "layers.0.mixer"),
+    ],
+)
+def test_segmenters_and_models_of_video_are_diagnosed(shown, model, layer, tmp_path, request):
+    torch.manual_seed(0)
+    rows = diagnosed(request.getfixturevalue(shown), tmp_path / "out", "--model", *model)
+    assert rows[0]["layer"] == layer
+    assert all(float(row["mu_min"]) < 0 < float(row["mu_max"]) and float(row["agree"]) > 0 for row in rows)
+
+
+def test_noise_needs_no_files(tmp_path):
+    assert len(diagnosed("random", tmp_path / "out", "--model", "test_segmamba")) == 12
+
+
+def test_volumes_are_standardized_around_their_centre(volume):
+    whole = _read_volume(str(volume), (1, 20, 24, 28))
+    assert whole.mean().abs() < 1e-5
+    assert whole.std() == pytest.approx(1, abs=1e-3)
+    assert torch.equal(_read_volume(str(volume), (1, 16, 24, 10)), whole[:, 2:18, :, 9:19])
+    padded = _read_volume(str(volume), (1, 24, 24, 28))
+    assert torch.equal(padded[:, 2:22], whole)
+    assert (padded[:, :2] == whole.min()).all()
+
+
 def test_regimes_have_their_colours():
     from ssmvision import create_model
 
@@ -78,10 +110,26 @@ def test_regimes_have_their_colours():
         (["{photo}", "--model", "test_vssd"], "VSSD has no selective scan, whose tokens could be followed."),
         (["{text}", "--model", "test_vim"], "1 of 1 files are no images that can be read:\n  {text}: not an image"),
         (["{photo}", "--model", "test_vim", "--max-images", "0"], "--max-images must be at least 1, not 0."),
+        (["{photo}", "--model", "test_umamba_enc"], "The model takes 8 images as frames or slices, not 1."),
+        (["{volume}", "--model", "test_umamba_enc"], "{volume} cannot be read: "),
+        (["random", "--model", "test_segmamba_nossm"], "SegMamba has no selective scan, whose tokens"),
+        (["random", "--model", "test_segmamba", "--input-size", "1", "16", "20"], "needs sides that are mult"),
+        (["random", "--model", "test_convs5"], "test_convs5 predicts video: it has neither selective scans to follow"),
+        (["random", "--model", "unet_vmamba_tiny"], "unet_vmamba_tiny has no input size of its own: say --input-size"),
     ],
 )
 def test_errors_are_one_sentence(arguments, message, complaint):
     assert message in complaint(tool, arguments)
+
+
+def test_tools_for_classifiers_say_so(complaint):
+    wanted = "test_umamba_enc is no classifier of images, the only models that this tool can use."
+    assert wanted in complaint(predict, ["{photo}", "--model", "test_umamba_enc"])
+
+
+def test_a_volume_of_another_kind_is_told_from_what_the_model_takes(volume, complaint):
+    wanted = "is (1, 20, 24, 28), channels first, but the model takes (3, 160, 160)."
+    assert wanted in complaint(tool, [str(volume), "--model", "test_vim"])
 
 
 @pytest.mark.parametrize("drawing", [tool, visualize])

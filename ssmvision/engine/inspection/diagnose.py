@@ -17,9 +17,8 @@ from torch import Tensor
 from ssmvision.data import UserError
 
 from ..checkpoint import atomic_write
-from ..models import load_trained
 from ..pictures import save_png
-from ..predict import find_images, read_images
+from .inputs import load_with_inputs
 from .token_flow import REGIMES, Flow, Scan, find_scans, follow
 
 _INK = "#24292f"
@@ -67,14 +66,13 @@ def diagnose(args: Namespace) -> list[Diagnosis]:
     """
     if args.max_images < 1:
         raise UserError(f"--max-images must be at least 1, not {args.max_images}.")
-    model = load_trained(args)[0]
-    images, _ = read_images(find_images(args.inputs)[: args.max_images], model, args)
+    model, images, _ = load_with_inputs(args, args.max_images)
     rows = diagnose_model(model, images)
     name, output = Path(args.model or args.checkpoint).stem, Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     print(table(rows))
     atomic_write(output / f"{name}_tokens.csv", lambda file: file.write(as_csv(rows).encode()))
-    save_png(draw(rows, f"{name}, {len(images)} image{'s' * (len(images) > 1)}"), output / f"{name}_tokens.png")
+    save_png(draw(rows, f"{name}, {len(images)} input{'s' * (len(images) > 1)}"), output / f"{name}_tokens.png")
     for file in ("csv", "png"):
         print(output / f"{name}_tokens.{file}")
     return rows

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from ssmvision.data import UserError
 from ssmvision.layers.token_dynamics import input_output_eigenvalues, scan_projections
 from ssmvision.ops import selective_scan
+
+from .scans import ScanCall, watch_scans
 
 REGIMES = ("convergent", "slowly divergent", "fast divergent")
 GROWN, VANISHED = 1e3, 1 / 30  # times the norm at the start, where nothing new is to be seen
@@ -62,65 +63,29 @@ class NothingToDiagnose(UserError):
     """The model has no selective scan."""
 
 
-class _Watch(TorchDispatchMode):
-    """Keeps what the scans of one forward pass run on, with the name of their layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer: tuple[str, nn.Module] | None = None
-        self.found: list[Scan] = []
-
-    def hooked(self, name: str, layer: nn.Module) -> list[Any]:
-        """Handles of hooks that know when a layer runs."""
-
-        def set_to(running: tuple[str, nn.Module] | None) -> None:
-            self.layer = running
-
-        return [
-            layer.register_forward_pre_hook(lambda *_: set_to((name, layer))),
-            layer.register_forward_hook(lambda *_: set_to(None)),
-        ]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.ssmvision.selective_scan_forward.default and self.layer:
-            self.found.append(_scan(*self.layer, *args))
-        return func(*args, **(kwargs or {}))
-
-
-def _scan(
-    name: str, layer: nn.Module, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any,
-    delta_bias: Tensor | None, dt_proj: Tensor, initial_state: Any, reset: Any, routes: Tensor | None, *_: Any,
-) -> Scan:  # fmt: skip
-    k, n = A.shape[0], A.shape[2]
-    u = u.expand(-1, k, -1, -1)
-    candidates = torch.stack(scan_projections(layer))
-    # Calls of one layer may take turns with its projections: each has the one that made its B.
-    made = candidates[:, -2 * n : -n] @ u[0].unsqueeze(1)  # (k, candidates, n, l)
-    nearest = (made - B[0, :, :1]).square().sum((2, 3)).argmin(1)
-    if routes is not None:
-        u = torch.stack([u[:, i, :, route] for i, route in enumerate(routes)], dim=1)
-    return Scan(name, u, candidates[nearest], A, dt_proj, delta_bias)
-
-
 @torch.no_grad()
 def find_scans(model: Any, images: Tensor) -> list[Scan]:
-    """The scans of a model on images (b, c, h, w), in the order in which they run.
+    """The scans of a model on its input, images (b, c, h, w) or another, in the order in which they run.
 
     Raises:
         NothingToDiagnose: For a model without selective scans.
     """
-    watch = _Watch()
-    layers = [(name, layer) for name, layer in model.named_modules() if scan_projections(layer)]
-    handles = [handle for name, layer in layers for handle in watch.hooked(name, layer)]
-    try:
-        with watch:
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not watch.found:
-        raise NothingToDiagnose(f"{type(model).__name__} has no selective scan, whose tokens could be followed.")
-    return watch.found
+    calls = [call for call in watch_scans(model, images) if call.operator == "selective_scan"]
+    if scans := [_scan(call, made) for call in calls if (made := scan_projections(call.module))]:
+        return scans
+    raise NothingToDiagnose(f"{type(model).__name__} has no selective scan, whose tokens could be followed.")
+
+
+def _scan(call: ScanCall, projections: list[Tensor]) -> Scan:
+    given, candidates = call.arguments, torch.stack(projections)
+    k, _, n = given["A"].shape
+    u = given["u"].expand(-1, k, -1, -1)
+    # Calls of one layer may take turns with its projections: each has the one that made its B.
+    made = candidates[:, -2 * n : -n] @ u[0].unsqueeze(1)  # (k, candidates, n, l)
+    nearest = (made - given["B"][0, :, :1]).square().sum((2, 3)).argmin(1)
+    if given["routes"] is not None:
+        u = torch.stack([u[:, i, :, route] for i, route in enumerate(given["routes"])], dim=1)
+    return Scan(call.layer, u, candidates[nearest], given["A"], given["dt_proj"], given["delta_bias"])
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmvision.data import UserError
 from ssmvision.ops import routes as scan_routes
 
-from ..models import load_trained
 from ..pictures import save_png
-from ..predict import read_images
+from .inputs import load_with_inputs
+from .scans import watch_scans
 
 PICTURES = ("receptive-field", "routes", "features")
 _INK = "#24292f"
@@ -29,18 +28,16 @@ def visualize(args: Namespace) -> list[Path]:
     Raises:
         UserError: A model that cannot be made, or images that cannot be read.
     """
-    model = load_trained(args)[0].eval()
-    images, config = read_images(args.inputs, model, args)
+    model, images, config = load_with_inputs(args)
     shown = _shown(images, config)
     name = Path(args.model or args.checkpoint).stem
+    seen = f"{name}, {len(images)} input{'s' * (len(images) > 1)}" + ", middle slice" * (images.ndim > 4)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     drawn = {
-        "receptive-field": lambda: draw_receptive_field(
-            receptive_field(model, images), f"{name}, {len(images)} images"
-        ),
-        "routes": lambda: draw_routes(route_contributions(model, images[:1]), shown[0], name),
-        "features": lambda: draw_features(feature_maps(model, images[:1]), shown[0], name),
+        "receptive-field": lambda: draw_receptive_field(_central(receptive_field(model, images)), seen),
+        "routes": lambda: draw_routes(route_contributions(model, images[:1]), shown, name),
+        "features": lambda: draw_features(feature_maps(model, images[:1]), shown, name),
     }
     written = []
     for picture in args.picture or PICTURES:
@@ -65,36 +62,34 @@ def receptive_field(model: Any, images: Tensor) -> Tensor:
     """Effective receptive field (VMamba, arXiv:2401.10166, figure 5; Luo et al., arXiv:1701.04128).
 
     Args:
-        model: With timm's `forward_intermediates`.
-        images: (b, c, h, w).
+        model: With timm's `forward_intermediates`, or one that answers with a map.
+        images: (b, c, h, w); clips and volumes have an axis more.
 
     Returns:
-        (h, w): absolute gradient of the centre of the last map's positive part by the pixels, averaged over images,
-        and scaled to a maximum of 1.
+        (h, w): absolute gradient of the centre of the last map's positive part, or of the absolute output, by the
+        pixels, averaged over images, and scaled to a maximum of 1.
+
+    Raises:
+        NothingToDraw: For a model without maps.
     """
     total = torch.zeros(images.shape[2:])
     for image in images.split(1):
         image = image.clone().requires_grad_()
-        last = model.forward_intermediates(image, 1, intermediates_only=True)[0]
-        centre = last[0, :, last.shape[2] // 2, last.shape[3] // 2]
-        (gradient,) = torch.autograd.grad(F.relu(centre).sum(), image)
+        centre = _last_map(model, image)[0]
+        while centre.ndim > 1:
+            centre = centre.select(1, centre.shape[1] // 2)
+        (gradient,) = torch.autograd.grad(centre.sum(), image)
         total += gradient[0].abs().sum(0)
     return total / total.max().clamp(min=1e-30)
 
 
-class _PerRoute(TorchDispatchMode):
-    """Scans once more, without merging, wherever several routes are merged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[Tensor, Tensor | None]] = []  # outputs (b, k, d, l) and the routes (k, t)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.ssmvision.selective_scan_forward.default:
-            # Without D: the skip connection adds the same to every route.
-            scan = func(*args[:5], None, *args[6:-2], False, args[-1])
-            self.found.append((scan[0], args[10]))
-        return func(*args, **(kwargs or {}))
+def _last_map(model: Any, image: Tensor) -> Tensor:
+    if hasattr(model, "forward_intermediates"):
+        return F.relu(model.forward_intermediates(image, 1, intermediates_only=True)[0])
+    output: Tensor = model(image)
+    if output.ndim != image.ndim:
+        raise NothingToDraw(f"{type(model).__name__} answers with no map.")
+    return output.abs()
 
 
 @torch.no_grad()
@@ -108,17 +103,20 @@ def route_contributions(model: Any, image: Tensor) -> list[tuple[Tensor, list[st
     Raises:
         NothingToDraw: For a model without scans over whole maps.
     """
-    with _PerRoute() as scans:
-        model(image)
+    if image.ndim > 4:
+        raise NothingToDraw("routes are drawn over images, not over clips or volumes.")
     found = []
-    for y, routes in scans.found:
+    for call in watch_scans(model, image):
+        if call.operator != "selective_scan":
+            continue
+        y = call.again(D=None, merge=False)  # the skip connection adds the same to every route
         tokens = y.transpose(2, 3).flatten(0, 1)  # (k, l, d)
         if getattr(model, "num_prefix_tokens", 0):
             tokens = model._split(tokens)[1]
         norms = tokens.norm(dim=-1)
         grid = _grid(norms.shape[1], image.shape[2:])
         if y.shape[0] == 1 and grid:
-            found.append((norms.unflatten(1, grid), _names_of(routes, y.shape[1], grid)))
+            found.append((norms.unflatten(1, grid), _names_of(call.arguments["routes"], y.shape[1], grid)))
     if not found:
         raise NothingToDraw(f"{type(model).__name__} has no scan over a whole map.")
     return found
@@ -126,7 +124,7 @@ def route_contributions(model: Any, image: Tensor) -> list[tuple[Tensor, list[st
 
 def _grid(tokens: int, size: torch.Size) -> tuple[int, int] | None:
     """The map that an image was cut into, if these are all of its tokens."""
-    for stride in (4, 8, 16, 32):
+    for stride in (1, 2, 4, 8, 16, 32):
         height, width = (-(-side // stride) for side in size)
         if height * width == tokens:
             return height, width
@@ -143,11 +141,17 @@ def _names_of(routes: Tensor | None, k: int, grid: tuple[int, int]) -> list[str]
 
 @torch.no_grad()
 def feature_maps(model: Any, image: Tensor) -> list[tuple[Tensor, str]]:
-    """Four feature maps (c, h, w) of a model, from early to late, and the names of their modules."""
+    """Four feature maps (c, h, w) of a model, from early to late, and the names of their modules; of a clip the middle.
+
+    Raises:
+        NothingToDraw: For a model that does not hand out its maps.
+    """
+    if not hasattr(model, "forward_intermediates"):
+        raise NothingToDraw(f"{type(model).__name__} does not hand out its feature maps.")
     last = len(model.feature_info) - 1
     indices = sorted({round(last * part / 3) for part in range(4)})
     maps = model.forward_intermediates(image, indices, intermediates_only=True)
-    return [(m[0], model.feature_info[i]["module"]) for m, i in zip(maps, indices, strict=True)]
+    return [(_central(m[0], 4), model.feature_info[i]["module"]) for m, i in zip(maps, indices, strict=True)]
 
 
 def principal_colours(features: Tensor) -> Tensor:
@@ -169,7 +173,7 @@ def draw_receptive_field(field: Tensor, title: str) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     picture = left.imshow(torch.log10(field.clamp(min=1e-4)), cmap="magma", vmin=-4, vmax=0)
     left.set(xticks=[], yticks=[])
-    left.set_title("gradient of the central feature by the pixels", fontsize=9, color=_INK)
+    left.set_title("gradient of the centre by the pixels", fontsize=9, color=_INK)
     bar = figure.colorbar(picture, ax=left, fraction=0.046, ticks=[-4, -3, -2, -1, 0])
     bar.ax.set_yticklabels(["≤ 0.0001", "0.001", "0.01", "0.1", "1"], fontsize=8)
     height, width = field.shape
@@ -231,7 +235,12 @@ def draw_features(maps: list[tuple[Tensor, str]], image: Tensor, title: str) -> 
 
 
 def _shown(images: Tensor, config: dict[str, Any]) -> Tensor:
-    """Normalised images (b, c, h, w) as they are looked at: (b, h, w, 3)."""
+    """The first of normalised images (b, c, h, w) as it is looked at: (h, w, 3)."""
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    rgb = (images * std + mean).clamp(0, 1)
-    return (rgb if rgb.shape[1] == 3 else rgb[:, :1].expand(-1, 3, -1, -1)).permute(0, 2, 3, 1)
+    rgb = (_central(images[0], 4) * std + mean).clamp(0, 1)
+    return (rgb if len(rgb) == 3 else rgb[:1].expand(3, -1, -1)).permute(1, 2, 0)
+
+
+def _central(x: Tensor, ndim: int = 3) -> Tensor:
+    """Of (..., d, h, w) with `ndim` axes the middle of d; of what has fewer all."""
+    return x.select(-3, x.shape[-3] // 2) if x.ndim == ndim else x

@@ -15,7 +15,8 @@ from ssmvision.layers import SS2D, BiMamba, Chimera, Hydra, Mamba, Mamba2, NonCa
 from ssmvision.layers.mamba3 import trapezoidal_scan
 from ssmvision.ops import ssd_scan
 
-from ..mixing import mixing_matrix, recorded_scans, toeplitz
+from ..mixing import mixing_matrix, toeplitz
+from ..scans import watch_scans
 from .panels import LINES, SOFT, heading, lines, matrix, plain, scale_of, sheet
 
 _SIDE = 6  # maps of _SIDE x _SIDE tokens, so that matrices of sequences and maps are of one size
@@ -104,7 +105,7 @@ def _map() -> Tensor:
 
 
 def _recorded(layer: nn.Module, x: Tensor | None = None) -> Tensor:
-    return mixing_matrix(recorded_scans(layer, _sequence() if x is None else x)[0])[0]
+    return mixing_matrix(watch_scans(layer, _sequence() if x is None else x)[0])[0]
 
 
 def _s4d() -> Tensor:
@@ -126,9 +127,9 @@ def _softmax() -> Tensor:
 def _hydra() -> Tensor:
     """Both scans moved by one token, and the diagonal, as `Hydra.forward` adds them."""
     layer, x = Hydra(8, d_state=16, headdim=4), _sequence()
-    scan = recorded_scans(layer, x)[0]
+    scan = watch_scans(layer, x)[0]
     before, after = (F.pad(mixing_matrix(scan, sample)[0], (0, 0, 1, -1)) for sample in (0, 1))
-    u = scan.arguments[0][:1].flatten(2)
+    u = scan.arguments["x"][:1].flatten(2)
     return before + after.flip(0, 1) + torch.diag((layer.fc_D(u) + layer.D)[0, :, 0])
 
 

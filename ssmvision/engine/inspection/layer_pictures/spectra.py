@@ -17,7 +17,7 @@ from ssmvision.layers.ptd import PTD, ptd, transfer_function
 from .panels import FAINT, INK, LINES, SIGNED, SOFT, bare, heading, lines, plain, sheet, unit_circle
 
 _STATES = 64
-_DIAGONAL = ("legs", "lin", "inv", "inv2", "quad", "legt", "fourier")
+_DIAGONAL = ("legs", "lin", "inv", "inv2", "quad", "foud")
 
 
 def draw_hippo() -> Figure:
@@ -61,10 +61,10 @@ def _eigenvalues(axes: Axes) -> None:
     random = torch.linalg.eigvals(torch.randn(_STATES, _STATES, dtype=torch.float64))
     random = random[random.imag < 0]
     shown = {
-        "legs, lin, inv, quad": diagonal_init("legs", _STATES)[0], "real": diagonal_init("real", _STATES)[0],
-        "legt": diagonal_init("legt", _STATES)[0], "ptd": ptd(_STATES).Lambda, "random": random,
+        "legs, lin, inv, quad, foud": diagonal_init("legs", _STATES)[0], "real": diagonal_init("real", _STATES)[0],
+        "ptd": ptd(_STATES).Lambda, "random": random,
     }  # fmt: skip
-    for color, (name, A) in zip([*LINES[:4], "#8c959f"], shown.items(), strict=True):
+    for color, (name, A) in zip([*LINES[:3], "#8c959f"], shown.items(), strict=True):
         marker = "x" if name == "random" else "o"
         axes.scatter(A.real.numpy(), A.imag.abs().numpy(), s=11, color=color, marker=marker, linewidths=0.9, label=name)
     axes.set_xscale("symlog", linthresh=0.5)
