@@ -13,77 +13,19 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ssmvision.layers import ConvLSTM, ConvS5
 from ssmvision.layers.causal_transformer import CausalTransformer
 from ssmvision.layers.convs5 import per_frame
+from ssmvision.layers.frame_codec import GROUPS, FrameDecoder, FrameEncoder
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import rename
 
 __all__ = ["ConvLSTMPredictor", "ConvS5Predictor", "TransformerPredictor", "VideoPredictor", "prediction_loss"]
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
-
-GROUPS = 32  # of every norm in encoder and decoder
-
-
-class ResBlock(nn.Module):
-    """x + conv(elu(norm(conv(elu(norm(x)))))) / 10, with a 1 x 1 convolution of x where the width changes."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(GROUPS, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, in_channels, h, w) → (n, out_channels, h, w)."""
-        y = self.conv2(F.elu(self.norm2(self.conv1(F.elu(self.norm1(x))))))
-        return self.skip(x) + 0.1 * y
-
-
-class Encoder(nn.Module):
-    """Pictures to latents: one residual block at full size, then `blocks` of them after each halving."""
-
-    def __init__(self, in_channels: int, depths: Sequence[int], blocks: int) -> None:
-        super().__init__()
-        widths = [depths[0], *(depth for depth in depths[1:] for _ in range(blocks))]
-        self.stem = nn.Conv2d(in_channels, depths[0], 3, padding=1)
-        self.blocks = nn.ModuleList(map(ResBlock, [depths[0], *widths], widths))
-        self.halved_before = {1 + blocks * level for level in range(len(depths) - 1)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, in_channels, h, w) → (n, depths[-1], h / 2^halvings, w / 2^halvings)."""
-        x = self.stem(x)
-        for index, block in enumerate(self.blocks):
-            x = block(F.avg_pool2d(x, 2) if index in self.halved_before else x)
-        return x
-
-
-class Decoder(nn.Module):
-    """Latents to pictures in (-1, 1): `blocks` residual blocks at each size, from the widest depth to the first."""
-
-    def __init__(self, latent_channels: int, out_channels: int, depths: Sequence[int], blocks: int) -> None:
-        super().__init__()
-        widths = [depth for depth in reversed(depths) for _ in range(blocks)]
-        self.stem = nn.Conv2d(latent_channels, depths[0], 3, padding=1)
-        self.blocks = nn.ModuleList(map(ResBlock, [depths[0], *widths], widths))
-        self.doubled_before = {blocks * level for level in range(1, len(depths))}
-        self.norm = LayerNorm2d(depths[0], eps=1e-6)
-        self.head = nn.Conv2d(depths[0], out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, latent_channels, h, w) → (n, out_channels, h 2^doublings, w 2^doublings)."""
-        x = self.stem(x)
-        for index, block in enumerate(self.blocks):
-            x = block(F.interpolate(x, scale_factor=2.0) if index in self.doubled_before else x)
-        return self.head(self.norm(x)).tanh()
 
 
 class SequenceLayer(nn.Module):
@@ -256,11 +198,11 @@ class VideoPredictor(nn.Module):
             raise ValueError(f"depths must be multiples of {GROUPS}, not {wrong[0]}")
         self.in_channels, self.side = in_channels, 2 ** (len(depths) - 1)
         width, size, bias = embed
-        self.encoder = Encoder(in_channels, depths, blocks)
+        self.encoder = FrameEncoder(in_channels, depths, blocks)
         self.action_embed = nn.Embedding(action_dim + 1, action_embed_dim)
         self.embed = nn.Conv2d(depths[-1] + action_embed_dim, width, size, stride=size, bias=bias)
         self.sequence_model = sequence_model
-        self.decoder = Decoder(
+        self.decoder = FrameDecoder(
             latent_channels, in_channels, decoder_depths, blocks if decoder_blocks is None else decoder_blocks
         )
 
