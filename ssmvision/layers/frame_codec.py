@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from ssmvision.layers.frame_norm import FrameNorm
+
 __all__ = ["GROUPS", "FrameDecoder", "FrameEncoder"]
 
 GROUPS = 32  # of every norm but the last
@@ -19,16 +21,16 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, in_channels, eps=1e-6)
+        self.norm1 = FrameNorm(GROUPS, in_channels, "elu", eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(GROUPS, out_channels, eps=1e-6)
+        self.norm2 = FrameNorm(GROUPS, out_channels, "elu", eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in_channels, h, w) → (n, out_channels, h, w)."""
-        y = self.conv2(F.elu(self.norm2(self.conv1(F.elu(self.norm1(x))))))
+        y = self.conv2(self.norm2(self.conv1(self.norm1(x))))
         return self.skip(x) + 0.1 * y
 
 

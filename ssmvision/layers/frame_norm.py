@@ -15,7 +15,7 @@ class FrameNorm(nn.GroupNorm):
     Args:
         num_groups: Groups of channels.
         num_channels: Channels.
-        activation: "none", "gelu" (its tanh form), "relu" or "silu".
+        activation: "none", "gelu" (its tanh form), "relu", "silu" or "elu".
         **kwargs: Of nn.GroupNorm.
     """
 

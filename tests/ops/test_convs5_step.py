@@ -5,6 +5,7 @@ import torch
 
 from ssmvision.ops import convs5_step, frame_conv_weight
 from ssmvision.ops.cpu import convs5_step as backend
+from ssmvision.ops.frame_norm import ACTIVATIONS
 from ssmvision.ops.reference import convs5_step as reference
 
 # pictures, channels, states, height, width, kernels of B, C and the feedthrough, groups
@@ -48,14 +49,14 @@ def native(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("behind", [False, True])
 def test_it_is_what_torch_says(case, behind, activation, native, threads):
     tensors, feedthrough, options = arguments(*case)
     feedthrough = feedthrough if behind else ()
     y, state = convs5_step(**tensors, feedthrough=feedthrough, **options, activation=activation)
-    code = ("none", "gelu", "relu", "silu").index(activation)
+    code = ACTIVATIONS.index(activation)
     wanted = reference.definition(*widened(tensors.values()), tuple(widened(feedthrough)), *options.values(), code)
     assert len(native) == 1
     for found, exact in zip((y, state), wanted, strict=True):

@@ -19,7 +19,14 @@ def arguments(n, c, h, w, dtype=torch.float32, mean=0.0):
 
 def meaning(x, weight, bias, groups, activation):
     y = F.group_norm(x, groups, weight, bias, 1e-6)
-    return {"none": y, "gelu": F.gelu(y, approximate="tanh"), "relu": F.relu(y), "silu": F.silu(y)}[activation]
+    functions = {
+        "none": y,
+        "gelu": F.gelu(y, approximate="tanh"),
+        "relu": F.relu(y),
+        "silu": F.silu(y),
+        "elu": F.elu(y),
+    }
+    return functions[activation]
 
 
 @pytest.fixture
@@ -104,7 +111,7 @@ def test_transforms_and_compilers_see_torch(native):
 
 def test_mistakes_are_named():
     x, weight, bias = arguments(1, 8, 2, 2)
-    with pytest.raises(ValueError, match="one of none, gelu, relu, silu, not 'tanh'"):
+    with pytest.raises(ValueError, match="one of none, gelu, relu, silu, elu, not 'tanh'"):
         frame_norm(x, weight, bias, 2, activation="tanh")
     with pytest.raises(RuntimeError, match=r"weight has shape \(4,\), expected \(8,\)"):
         frame_norm(x, weight[:4], bias, 2)

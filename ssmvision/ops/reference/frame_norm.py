@@ -11,6 +11,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+    "elu": F.elu,
 }
 ACTIVATIONS = tuple(_FUNCTIONS)
 

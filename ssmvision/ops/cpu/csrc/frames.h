@@ -16,6 +16,13 @@ template <Activation ACT, int N>
       if (slope) slope[i] = relu ? (x[i] > 0.f ? one : vf{}) : one;
       y[i] = relu ? vmax(vf{}, x[i]) : x[i];
     }
+  } else if constexpr (ACT == Activation::elu) {
+    vf e[N];
+    exp_neg_abs<N>(e, x);
+    for (int i = 0; i < N; ++i) {
+      if (slope) slope[i] = x[i] > 0.f ? one : e[i];
+      y[i] = x[i] > 0.f ? x[i] : e[i] - one;
+    }
   } else {
     // Both are x sigmoid(u): u = x for silu, u = sqrt(8 / pi) (x + 0.044715 x^3) for the tanh form of gelu.
     const vf linear = splat(ACT == Activation::gelu ? 1.59576912f : 1.f);
@@ -38,6 +45,7 @@ inline void with_activation(Activation activation, const Call& call) {
     case Activation::gelu: return call.template operator()<Activation::gelu>();
     case Activation::relu: return call.template operator()<Activation::relu>();
     case Activation::silu: return call.template operator()<Activation::silu>();
+    case Activation::elu: return call.template operator()<Activation::elu>();
     default: return call.template operator()<Activation::none>();
   }
 }

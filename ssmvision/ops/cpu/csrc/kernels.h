@@ -104,7 +104,7 @@ struct SsdGrad : Ssd {
   float *dB, *dC;         // (slices, b, g, l, n), zeroed: partial sums, added up by the caller
 };
 
-enum class Activation : int64_t { none, gelu, relu, silu };  // numbered as ACTIVATIONS in ops/frame_norm.py
+enum class Activation : int64_t { none, gelu, relu, silu, elu };  // numbered as ACTIVATIONS in ops/frame_norm.py
 
 // Normalization over the pixels of a picture and the channels of a group. Pictures are (n, h, w, c) in memory.
 struct GroupNorm {
