@@ -12,7 +12,7 @@ def definition(
     activation: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Shapes as in `ops.convs5_step`."""
-    driven = _conv(u, B).permute(0, 2, 3, 1).to(A.dtype.to_real()).contiguous()
+    driven = _conv(u, B).permute(0, 2, 3, 1).to(A.real.dtype).contiguous()
     x = A * state.permute(0, 2, 3, 1) + torch.view_as_complex(driven.unflatten(-1, (-1, 2)))
     y = _conv(torch.view_as_real(x).flatten(-2).permute(0, 3, 1, 2).to(u.dtype), C)
     state = x.permute(0, 3, 1, 2)
