@@ -13,6 +13,7 @@ import ssmvision
 from ssmvision.engine.verify import verify_case
 from ssmvision.hub import CheckpointError
 from ssmvision.models.convs5 import checkpoint_filter_fn, from_official, prediction_loss
+from ssmvision.ops import lowered_for_export
 from ssmvision_tools import verify
 
 TESTS = Path(__file__).parents[1]
@@ -166,6 +167,14 @@ def test_there_may_be_nothing_to_generate_but_not_from_nothing() -> None:
     assert model.generate(video, 0).shape == (2, 0, 1, 16, 16)
     with pytest.raises(ValueError, match="a video of no frames has none to go on from"):
         model.generate(video[:, :0], 3)
+
+
+def test_an_exported_program_needs_no_operator_of_ours() -> None:
+    model, video = make("test_convs5").eval(), clip(4)
+    with torch.no_grad(), lowered_for_export():
+        program = torch.export.export(model, (video,))
+    assert not [node for node in program.graph.nodes if "ssmvision" in str(node.target)]
+    torch.testing.assert_close(program.module()(video), model(video), rtol=1e-4, atol=1e-5)
 
 
 def test_a_transformer_generates_the_same_with_and_without_its_cache() -> None:
