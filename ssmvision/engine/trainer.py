@@ -269,7 +269,7 @@ def _optimizer_and_schedule(args: Namespace, model: nn.Module, batches: int) -> 
         raise UserError("--sched plateau keeps no state, so a run could not be resumed exactly; use cosine or wsd.")
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
-        separate_own_groups(optimizer)
+        separate_own_groups(optimizer, model)
         scheduler, _ = create_scheduler_v2(
             optimizer,
             **{**scheduler_kwargs(args), "step_on_epochs": False},

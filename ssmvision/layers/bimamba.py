@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s6 import auto_dt_rank, bidirectional_routes, init_A_log_, init_dt_, state_matrix
 from ssmvision.layers.token_dynamics import make_x_proj
 from ssmvision.ops import causal_conv1d, selective_scan
@@ -28,6 +29,8 @@ class BiMamba(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("A_log", "D", "dt_proj.bias", "A_b_log", "D_b", "dt_proj_b.bias")
 
     def __init__(
         self,

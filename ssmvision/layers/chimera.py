@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s4d import wide
 from ssmvision.layers.ss2d import SS2D
 from ssmvision.layers.ssm2d import FLIPS
@@ -44,6 +45,8 @@ class Chimera(SS2D):
     Raises:
         ValueError: Another number of corners, or an input that is no map.
     """
+
+    own_options = SS2D.own_options | undecayed("couplings")
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.frame_norm import FrameNorm
 from ssmvision.layers.hippo import init_log_dt_, nplr
 from ssmvision.ops import convs5_step, frame_conv_weight, linear_scan
@@ -123,6 +124,8 @@ class ConvS5(nn.Module):
     Raises:
         ValueError: An option that does not exist, or states that do not split into blocks of conjugate pairs.
     """
+
+    own_options = undecayed("Lambda_re", "Lambda_im", "B", "log_step")
 
     def __init__(
         self,

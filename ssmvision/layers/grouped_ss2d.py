@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s6 import auto_dt_rank, cross_routes, init_A_log_, init_dt_, state_matrix
 from ssmvision.ops import selective_scan
 
@@ -20,6 +21,8 @@ class GroupedSS2D(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("A_logs", "Ds", "dt_projs_bias", "out_norm_weight", "out_norm_bias")
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.mamba2 import RMSNormGated
 from ssmvision.layers.s6 import init_dt_bias_, state_matrix
 from ssmvision.ops import ssd_scan
@@ -33,6 +34,8 @@ class Hydra(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("A_log", "D", "dt_bias", "init_states")
 
     def __init__(
         self,

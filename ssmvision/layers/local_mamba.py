@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.channel_attention import ChannelAttention
 from ssmvision.layers.s6 import (
     auto_dt_rank,
@@ -38,6 +39,8 @@ class LocalMamba(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("A_logs", "Ds", "dt_projs_bias", "conv_bias")
 
     def __init__(
         self,

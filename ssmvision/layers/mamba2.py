@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s6 import init_dt_bias_, state_matrix
 from ssmvision.ops import causal_conv1d, causal_conv1d_step, ssd_scan, ssd_scan_step
 
@@ -71,6 +72,8 @@ class Mamba2(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("A_log", "D", "dt_bias")
 
     def __init__(
         self,

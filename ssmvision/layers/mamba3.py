@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s6 import init_dt_bias_
 from ssmvision.ops._library import expect, expect_reset, no_autocast
 
@@ -153,6 +154,8 @@ class Mamba3(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("D", "dt_bias", "B_bias", "C_bias")
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s6 import init_dt_bias_, state_matrix
 
 
@@ -26,6 +27,8 @@ class NonCausalSSD(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("A_log", "D", "dt_bias")
 
     def __init__(
         self, dim: int, num_heads: int, d_state: int = 64, expand: int = 2, device: Any = None, dtype: Any = None

@@ -12,8 +12,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.hippo import init_log_dt_, nplr
-from ssmvision.layers.s4d import S4DKernel, as_complex, inverse_transform, own_optimizer_options, transform, wide
+from ssmvision.layers.s4d import S4DKernel, as_complex, inverse_transform, transform, wide
 from ssmvision.ops import fft_conv
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -82,8 +83,7 @@ class S4Kernel(nn.Module):
         self.A_real = nn.Parameter(torch.empty(copies, pairs, **dd))
         self.A_imag = nn.Parameter(torch.empty(copies, pairs, **dd))
         self.register_buffer("l_kernel", torch.zeros(1, dtype=torch.long, device=device))
-        for parameter in (self.inv_dt, self.B, self.P, self.A_real, self.A_imag):
-            own_optimizer_options(parameter, lr)
+        self.own_options = undecayed("inv_dt", "B", "P", "A_real", "A_imag", lr=lr)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -212,6 +212,8 @@ class S4Conv(nn.Module):
         swap_channels: Outputs of one channel lie together, not those of one kernel.
         **kernel: Of the kernel.
     """
+
+    own_options = undecayed("D")
 
     def __init__(
         self,

@@ -1,8 +1,5 @@
 """S4D: convolution kernels of diagonal state space models (arXiv:2206.11893), under the official parameter names.
 
-Parameters of the dynamics carry `_optim`, the options of a parameter group of their own ({"lr": 1e-3,
-"weight_decay": 0.0}, the S4 convention).
-
 Letters: b batch, c outputs per channel, d channels, l token, s states of which each stands for a conjugate pair,
 k copies of the dynamics that channels share.
 """
@@ -15,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.hippo import diagonal_init, hippo, init_log_dt_
 from ssmvision.layers.ptd import ptd
 from ssmvision.ops import fft_conv
@@ -79,8 +77,7 @@ class S4DKernel(nn.Module):
         self.B = nn.Parameter(torch.empty(1, copies, pairs, 2, **dd))
         self.A_real = nn.Parameter(torch.empty(copies, pairs, **dd))
         self.A_imag = nn.Parameter(torch.empty(copies, pairs, **dd))
-        for parameter in (self.inv_dt, self.B, self.A_real, self.A_imag):
-            own_optimizer_options(parameter, lr)
+        self.own_options = undecayed("inv_dt", "B", "A_real", "A_imag", lr=lr)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -196,8 +193,7 @@ class MinimalKernel(nn.Module):
         self.log_dt = nn.Parameter(torch.empty(dim, **dd))
         self.log_A_real = nn.Parameter(torch.empty(dim, d_state // 2, **dd))
         self.A_imag = nn.Parameter(torch.empty(dim, d_state // 2, **dd))
-        for parameter in (self.log_dt, self.log_A_real, self.A_imag):
-            own_optimizer_options(parameter, lr)
+        self.own_options = undecayed("log_dt", "log_A_real", "A_imag", lr=lr)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -233,6 +229,8 @@ class S4D(nn.Module):
         dtype: Type of the parameters.
         **kernel: `dt_min`, `dt_max` and `lr` of the kernel.
     """
+
+    own_options = undecayed("D")
 
     def __init__(
         self,
@@ -300,11 +298,6 @@ def _powers(log_A: Tensor, steps: Tensor) -> Tensor:
     """The powers exp(log_A steps), (d, s, l); by parts, since torch's complex exponential goes number by number."""
     size, angle = torch.exp(log_A.real[..., None] * steps), log_A.imag[..., None] * steps
     return torch.complex(size * angle.cos(), size * angle.sin())
-
-
-def own_optimizer_options(parameter: nn.Parameter, lr: Optional[float]) -> None:
-    """Mark a parameter for a group of its own: no weight decay, and learning rate `lr` unless that is None."""
-    parameter._optim = {"weight_decay": 0.0} if lr is None else {"lr": lr, "weight_decay": 0.0}  # type: ignore[attr-defined]
 
 
 def transform(x: Tensor, name: str) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s4 import S4Kernel, channel_map, make_activation
 from ssmvision.layers.s4d import S4DKernel, wide
 
@@ -36,6 +37,8 @@ class S4ND(nn.Module):
         dropout: Rate after the activation; whole channels.
         **kernel: Of the kernels, such as `init`, `disc`, `bandlimit`.
     """
+
+    own_options = undecayed("D")
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 Parameter names are those of github:lindermanlab/S5; complex numbers are stored with a last axis of two. Episodes and
 clips of different lengths can be packed in one sequence: `reset` marks where each starts ("Structured State Space
-Models for In-Context Reinforcement Learning", arXiv:2303.03982). Parameters of the dynamics carry `_optim`, see `s4d`.
+Models for In-Context Reinforcement Learning", arXiv:2303.03982).
 
 Letters: b batch, l token, d channels, p stored states.
 """
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.hippo import init_log_dt_, nplr
 from ssmvision.layers.ptd import ptd
-from ssmvision.layers.s4d import as_complex, own_optimizer_options, wide
+from ssmvision.layers.s4d import as_complex, wide
 from ssmvision.ops import linear_scan, linear_scan_step
 
 _TRUNCATED_STD = 0.87962566103423978  # of a normal distribution cut at two standard deviations
@@ -87,8 +88,7 @@ class S5(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(dim, width, 2, **dd)))
         self.D = nn.Parameter(torch.empty(dim, **dd))
         self.log_step = nn.Parameter(torch.empty(p, 1, **dd))
-        for parameter in (self.Lambda_re, self.Lambda_im, self.B, self.log_step):
-            own_optimizer_options(parameter, lr)
+        self.own_options = undecayed("Lambda_re", "Lambda_im", "B", "log_step", lr=lr) | undecayed("D")
         self.reset_parameters()
 
     @torch.no_grad()

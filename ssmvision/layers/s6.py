@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.token_dynamics import make_x_proj
 from ssmvision.ops import routes
 
@@ -57,6 +58,8 @@ class S6(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("A_log", "D", "dt_proj.bias")
 
     def __init__(
         self, d: int, d_state: int, dt_rank: int, input_output: str = "free", device: Any = None, dtype: Any = None

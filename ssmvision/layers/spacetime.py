@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.ops import fft_conv
 
 _NEGLIGIBLE = 1e-4
@@ -34,6 +35,8 @@ class CompanionSSM(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("a", "b", "skip")
 
     def __init__(
         self,
@@ -125,6 +128,8 @@ class ClosedLoopSSM(CompanionSSM):
         *args: Of `CompanionSSM`.
         **kwargs: Of `CompanionSSM`.
     """
+
+    own_options = CompanionSSM.own_options | undecayed("k")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

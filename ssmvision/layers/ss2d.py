@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.channel_attention import ChannelAttention
 from ssmvision.layers.s6 import (
     atrous_routes,
@@ -46,6 +47,8 @@ class SS2D(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed("A_logs", "Ds", "dt_projs_bias")
 
     def __init__(
         self,

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s4d import as_complex, wide
 from ssmvision.ops import linear_scan_2d
 
 FLIPS: dict[int, tuple[tuple[int, ...], ...]] = {1: ((),), 2: ((), (-2, -1)), 4: ((), (-2,), (-1,), (-2, -1))}
 _MATRICES = ("A_1", "A_2", "A_3", "A_4")
+_STATES = [f"{group}.{name}" for group in ("A", "A_angle", "A_radius") for name in _MATRICES]
 
 
 class SSM2D(nn.Module):
@@ -39,6 +41,8 @@ class SSM2D(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = undecayed(*_STATES, "B_1", "B_2", "omega")
 
     def __init__(
         self,

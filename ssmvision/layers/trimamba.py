@@ -5,6 +5,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.bimamba import BiMamba
 from ssmvision.layers.s6 import bidirectional_routes, init_A_log_, init_dt_, inter_slice_route
 
@@ -25,6 +26,8 @@ class TriMamba(BiMamba):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    own_options = BiMamba.own_options | undecayed("A_s_log", "D_s", "dt_proj_s.bias")
 
     def __init__(
         self,

@@ -8,10 +8,8 @@ from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed_names
 from ssmvision.models._init import init_linear, reset_parameters
-
-# Ends of the names of parameters that describe a recurrence; decaying them would change its time scale.
-_RECURRENCE = ("A_log", "A_logs", "D", "Ds", "dt_projs_bias", "dt_bias")
 
 
 class Stage(nn.Module):
@@ -100,7 +98,7 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in _RECURRENCE}
+        return undecayed_names(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

@@ -19,6 +19,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from ssmvision.layers._optimizer_options import undecayed_names
 from ssmvision.layers.pos_embed import resize_pos_embed
 from ssmvision.models._init import init_linear, reset_parameters
 
@@ -137,19 +138,8 @@ class TokenModel(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        ends = (
-            "pos_embed",
-            "pos_embedding",
-            "pos_embed_cls",
-            "cls_token",
-            ".A_log",
-            ".A_logs",
-            ".A_b_log",
-            ".D",
-            ".Ds",
-            ".D_b",
-        )
-        return {name for name, _ in self.named_parameters() if name.endswith(ends)}
+        positions = ("pos_embed", "pos_embedding", "pos_embed_cls", "cls_token")
+        return undecayed_names(self) | {name for name, _ in self.named_parameters() if name.endswith(positions)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

@@ -107,7 +107,7 @@ def _train(net: nn.Module, task: Task, args: Namespace, lr: float, seed: int) ->
     """Trains `net`; yields what each epoch brought."""
     x, y = task.train
     optimizer = create_optimizer_v2(net, opt="adamw", lr=lr, weight_decay=args.weight_decay)
-    separate_own_groups(optimizer)
+    separate_own_groups(optimizer, net)
     steps = args.epochs * math.ceil(len(x) / args.batch_size)
     scheduler = LambdaLR(optimizer, lambda step: _schedule(step / steps))
     order = torch.Generator().manual_seed(seed)
