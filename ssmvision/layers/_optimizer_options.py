@@ -17,7 +17,7 @@ def undecayed(*names: str, lr: Optional[float] = None) -> dict[str, dict[str, fl
 def declared_options(model: nn.Module) -> dict[nn.Parameter, dict[str, float]]:
     """What the modules of any tree declare; of two that name the same parameter, the outer one holds.
 
-    The marks that official codes leave on parameters are heeded, too: `_optim` of S4, `_no_weight_decay` of Mamba.
+    Where none does, marks that official codes set on parameters are heeded: S4's `_optim`, Mamba's `_no_weight_decay`.
     """
     found: dict[nn.Parameter, dict[str, float]] = {}
     for module in model.modules():
@@ -29,7 +29,7 @@ def declared_options(model: nn.Module) -> dict[nn.Parameter, dict[str, float]]:
         marked = {"weight_decay": 0.0} if getattr(parameter, "_no_weight_decay", False) else {}
         marked |= getattr(parameter, "_optim", {})
         if marked:
-            found[parameter] = marked
+            found.setdefault(parameter, marked)
     return found
 
 
