@@ -8,6 +8,7 @@ Letters: n state size, s = n / 2 states of which each stands for a conjugate pai
 """
 
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from ssmvision.layers.hippo import hippo
 
 __all__ = ["PTD", "diagonalize", "ptd", "transfer_function"]
 
-_CANDIDATES, _ATTEMPTS = 16, 500
+_CANDIDATES, _ATTEMPTS, _MOVES = 16, 500, 300
+_MANY = 16  # states, whose perturbations need no improvement
+# The eigenvalues of LegS are real, and the fewer there are, the larger the perturbation that makes pairs of them.
+_RELATIVE = {2: 6.1e-2, 4: 1e-2, 6: 3e-3, 8: 1e-3, 10: 1e-3, 12: 5e-4, 14: 3e-4}
 
 
 @dataclass(frozen=True)
@@ -39,34 +43,34 @@ class PTD:
     deviation: float
 
 
-def ptd(n: int, relative: float = 1e-4, measure: str = "legs", seed: int = 0) -> PTD:
+def ptd(n: int, relative: Optional[float] = None, measure: str = "legs", seed: int = 0) -> PTD:
     """A + E = V diag(Lambda) V^-1 for a Gaussian E, stable by construction.
 
-    Of 16 stable perturbations that which deviates least is taken. The default keeps the deviation of LegS below 5 %
-    for 16 to 64 states, with a condition near 1e4; a larger E conditions better and deviates more, and near 1e-2 no
-    perturbation of 64 states is stable.
+    Of 16 stable perturbations that which deviates least is taken, and improved upon where n < 16. The default keeps the
+    deviation of LegS below 5 % for 2 to 64 states, with a condition near 1e4 for 16 and more; a larger E conditions
+    better and deviates more, and near 1e-2 no perturbation of 64 states is stable.
 
     Args:
         n: State size, even.
-        relative: Spectral norm of E over that of A.
+        relative: Spectral norm of E over that of A; None for 1e-4 or, below 16 states, what makes eigenvalues complex.
         measure: One of `hippo.MEASURES`.
         seed: Of the first E.
 
     Raises:
         ValueError: n is odd; or no perturbation of that size was found that is stable and without real eigenvalues,
-            which cannot be stored as conjugate pairs (few states need a larger one).
+            which cannot be stored as conjugate pairs.
     """
     if n % 2:
         raise ValueError(f"the state size {n} is odd: eigenvalues come in conjugate pairs")
+    relative = _RELATIVE.get(n, 1e-4) if relative is None else relative
     A, B = hippo(measure, n)
     size = relative * torch.linalg.matrix_norm(A, 2)
     generator = torch.Generator().manual_seed(seed)
-    found: list[PTD] = []
+    found: list[tuple[PTD, Tensor]] = []
     for _ in range(_ATTEMPTS):
-        E = torch.randn(n, n, dtype=torch.float64, generator=generator)
-        Lambda, V = diagonalize(A + size / torch.linalg.matrix_norm(E, 2) * E)
-        if Lambda.real.max() < 0 and Lambda.imag.count_nonzero() == n:
-            found.append(_measured(Lambda, V, A, B))
+        E = _gaussian(n, generator)
+        if (system := _perturbed(A, B, size, E)) is not None:
+            found.append((system, E))
         if len(found) == _CANDIDATES:
             break
     if not found:
@@ -74,7 +78,8 @@ def ptd(n: int, relative: float = 1e-4, measure: str = "legs", seed: int = 0) ->
             f"no perturbation of relative size {relative:g} makes {measure!r} with {n} states stable and all its "
             "eigenvalues complex"
         )
-    return min(found, key=lambda candidate: candidate.deviation)
+    best, E = min(found, key=lambda candidate: candidate[0].deviation)
+    return _improved(best, E, A, B, size, generator) if n < _MANY else best
 
 
 def diagonalize(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +102,32 @@ def transfer_function(Lambda: Tensor, CB: Tensor, omega: Tensor) -> Tensor:
         (..., w), complex.
     """
     return (CB[..., None, :] / (1j * omega[:, None] - Lambda)).sum(-1)
+
+
+def _gaussian(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, n, dtype=torch.float64, generator=generator)
+
+
+def _perturbed(A: Tensor, B: Tensor, size: Tensor, E: Tensor) -> Optional[PTD]:
+    """The system with E, scaled to `size`, added to A; None if it cannot be used."""
+    Lambda, V = diagonalize(A + size / torch.linalg.matrix_norm(E, 2) * E)
+    usable = Lambda.real.max() < 0 and Lambda.imag.count_nonzero() == len(A)
+    return _measured(Lambda, V, A, B) if usable else None
+
+
+def _improved(best: PTD, E: Tensor, A: Tensor, B: Tensor, size: Tensor, generator: torch.Generator) -> PTD:
+    """Ever smaller random moves of E, each kept if the system deviates less.
+
+    Few states are far from having complex eigenvalues: chance alone finds no E for 2 of them that deviates below 5 %.
+    """
+    n = len(A)
+    for move in range(_MOVES):
+        E = E / torch.linalg.matrix_norm(E, 2)
+        moved = E + 0.5 * 0.99**move / n * _gaussian(n, generator)
+        system = _perturbed(A, B, size, moved)
+        if system is not None and system.deviation < best.deviation:
+            best, E = system, moved
+    return best
 
 
 def _measured(Lambda: Tensor, V: Tensor, A: Tensor, B: Tensor) -> PTD:

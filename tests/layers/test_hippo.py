@@ -75,7 +75,7 @@ def test_a_layer_keeps_the_small_damping_of_the_official_one():
         S4DKernel(2, d_state=8, init="legt")
 
 
-@pytest.mark.parametrize("n", [16, 32, 64])
+@pytest.mark.parametrize("n", [2, 4, 6, 8, 10, 12, 14, 16, 32, 64])
 def test_ptd_is_stable_and_near(n):
     A, B = hippo("legs", n)
     found = ptd(n)
@@ -91,7 +91,16 @@ def test_ptd_is_stable_and_near(n):
     assert error.max() < 0.05
 
 
-@pytest.mark.parametrize("n", [16, 64])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", sorted({*range(18, 64, 2)} - {32}))
+def test_ptd_is_stable_for_every_size(n):
+    found = ptd(n)
+    assert found.Lambda.real.max() < -0.5
+    assert found.deviation < 0.05
+    assert found.condition < 1e6
+
+
+@pytest.mark.parametrize("n", [2, 8, 16, 64])
 def test_ptd_balances_inputs_and_outputs(n):
     found = ptd(n)
     identity = torch.eye(n // 2, dtype=torch.complex128)
@@ -129,6 +138,7 @@ def test_step_sizes_are_log_uniform():
         (lambda: hippo_low_rank("legt", 4, rank=1), "has rank 2, not 1"),
         (lambda: nplr("legs", 5), "5 is odd"),
         (lambda: ptd(5), "5 is odd"),
+        (lambda: ptd(4, relative=1e-4), "no perturbation of relative size 0.0001"),
         (lambda: ptd(48, relative=0.3), "no perturbation of relative size 0.3"),
         (lambda: diagonal_init("normal", 4), "no initialization 'normal'"),
     ],
