@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._complex import as_complex, wide
 from ssmvision.layers._optimizer_options import undecayed
-from ssmvision.layers.hippo import init_log_dt_, nplr
+from ssmvision.layers.hippo import hippo, init_log_dt_, nplr
 from ssmvision.layers.ptd import ptd
-from ssmvision.layers.s4d import as_complex, wide
 from ssmvision.ops import linear_scan, linear_scan_step
 
 _TRUNCATED_STD = 0.87962566103423978  # of a normal distribution cut at two standard deviations
@@ -65,8 +65,9 @@ class S5(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if d_state % (2 * blocks):
-            raise ValueError(f"d_state {d_state} does not divide into {blocks} blocks of conjugate pairs")
+        if d_state % (2 * blocks if conj_sym else blocks):
+            pairs = " of conjugate pairs" if conj_sym else ""
+            raise ValueError(f"d_state {d_state} does not divide into {blocks} blocks{pairs}")
         for name, value, known in (
             ("discretization", discretization, ("zoh", "bilinear")),
             ("init", init, ("legs", "ptd")),
@@ -138,7 +139,7 @@ class S5(nn.Module):
 
     def initial_state(self, batch: int) -> Tensor:
         """What precedes a sequence: zeros (b, p), complex."""
-        return torch.view_as_complex(wide(self.B).new_zeros(batch, len(self.B), 2))
+        return as_complex(self.B.new_zeros(batch, len(self.B), 2))
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Lambda_bar (p) and B_bar (p, dim), complex."""
@@ -167,7 +168,7 @@ class S5Layer(nn.Module):
         do_norm: Normalize at all.
         prenorm: Before S5, else after the residual.
         do_gtrxl_norm: Normalize the output of S5 too, with the same parameters.
-        dropout: Rate after the activation; whole channels.
+        dropout: Rate after the activation and, as in the official code, once more after a gate; whole channels.
         device: Device of the parameters.
         dtype: Type of the parameters.
         **s5: Of `S5`.
@@ -232,9 +233,10 @@ class S5Layer(nn.Module):
         return self.norm(x.transpose(1, 2)).transpose(1, 2) if isinstance(self.norm, nn.BatchNorm1d) else self.norm(x)
 
     def _gated(self, y: Tensor) -> Tensor:
-        active = self._dropped(F.gelu(y, approximate="tanh"))
+        active = F.gelu(y, approximate="tanh")
         if self.activation == "gelu":
             return active
+        active = self._dropped(active)
         gate = torch.sigmoid(self.out2(active))
         return {"full_glu": self._out1, "half_glu1": lambda a: a, "half_glu2": lambda _: y}[self.activation](
             active
@@ -361,13 +363,19 @@ def _initial_basis(init: str, size: int, conj_sym: bool) -> tuple[Tensor, Tensor
     """Eigenvalues, eigenvectors and their inverse of one block; of all states, or of one of each conjugate pair."""
     if init == "ptd":
         system = ptd(size)
-        Lambda, V, V_inv = system.Lambda, system.V, system.V_inv
-    else:
-        Lambda, _, _, V = nplr("legs", size)
-        V_inv = V.mH
+        found = system.Lambda, system.V, system.V_inv
+        return found if conj_sym else _with_conjugates(*found)
     if conj_sym:
-        return Lambda, V, V_inv
-    # In ascending order of the imaginary part, as the official eigenvalues are.
+        Lambda, _, _, V = nplr("legs", size)
+    else:  # of any size: an odd one has a real eigenvalue
+        normal = hippo("legsd", size)[0]
+        imaginary, V = torch.linalg.eigh(-1j * normal)
+        Lambda = torch.complex(normal.diagonal(), imaginary)
+    return Lambda, V, V.mH
+
+
+def _with_conjugates(Lambda: Tensor, V: Tensor, V_inv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In ascending order of the imaginary part, as the official eigenvalues are."""
     pairs = Lambda.conj().flip(0), V.conj().flip(1), V_inv.conj().flip(0)
     return torch.cat([Lambda, pairs[0]]), torch.cat([V, pairs[1]], 1), torch.cat([V_inv, pairs[2]])
 

@@ -7,6 +7,7 @@ import torch
 
 from ssmvision.engine.verify import verify_case
 from ssmvision.layers._optimizer_options import declared_options
+from ssmvision.layers.hippo import hippo
 from ssmvision.layers.s5 import S5, S5Classifier, S5Encoder, S5Layer
 
 PARITY = Path(__file__).parents[1] / "parity"
@@ -14,8 +15,11 @@ VARIANTS = {
     "zoh": {},
     "bilinear": {"discretization": "bilinear", "blocks": 2},
     "not conjugate": {"conj_sym": False, "C_init": "trunc_standard_normal"},
+    "not conjugate ptd": {"conj_sym": False, "init": "ptd"},
+    "not conjugate, odd blocks": {"d_state": 15, "blocks": 3, "conj_sym": False},
     "clipped": {"clip_eigs": True, "C_init": "complex_normal", "step_rescale": 2.0},
     "ptd": {"init": "ptd"},
+    "ptd, small blocks": {"init": "ptd", "blocks": 8},
 }
 
 
@@ -37,7 +41,7 @@ def stepped(layer, x, state):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps_equal_the_scan(variant):
     torch.manual_seed(0)
-    layer = S5(6, d_state=16, dtype=torch.float64, **VARIANTS[variant])
+    layer = S5(6, **{"d_state": 16, **VARIANTS[variant]}, dtype=torch.float64)
     x = torch.randn(2, 20, 6, dtype=torch.float64)
     with torch.no_grad():
         wanted, last = layer.run(x)
@@ -106,7 +110,7 @@ def test_half_the_rate_and_twice_the_step_is_nearly_the_same():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_states_are_stable_and_parameters_learn(variant):
     torch.manual_seed(0)
-    layer = S5(6, d_state=16, **VARIANTS[variant])
+    layer = S5(6, **{"d_state": 16, **VARIANTS[variant]})
     Lambda_bar, _ = layer.discrete()
     assert Lambda_bar.abs().max() < 1
     layer(torch.randn(2, 9, 6)).square().sum().backward()
@@ -125,6 +129,31 @@ def test_clipping_holds_eigenvalues_left():
     assert layer.discrete()[0].abs().max() < 1
 
 
+@pytest.mark.parametrize(("d_state", "blocks"), [(6, 2), (5, 1), (9, 3), (3, 3)])
+def test_odd_blocks_start_from_all_eigenvalues(d_state, blocks):
+    n = d_state // blocks
+    layer = S5(4, d_state, blocks, conj_sym=False, dtype=torch.float64)
+    Lambda = torch.complex(layer.Lambda_re, layer.Lambda_im).detach().unflatten(0, (blocks, n))
+    wanted = torch.linalg.eigvals(hippo("legsd", n)[0])
+    wanted = wanted[wanted.imag.argsort()].expand(blocks, n)
+    torch.testing.assert_close(Lambda, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("activation", "factors"), [("gelu", {0, 2}), ("half_glu1", {0, 4})])
+def test_dropout_comes_once_and_once_more_after_a_gate(activation, factors):
+    torch.manual_seed(0)
+    layer = S5Layer(40, activation, do_norm=False, d_state=8, dropout=0.5, dtype=torch.float64)
+    x = torch.randn(20, 3, 40, dtype=torch.float64)
+    if activation != "gelu":  # whose own dropout is felt through the gate, unless that is half open for all
+        torch.nn.init.zeros_(layer.out2.weight)
+    with torch.no_grad():
+        kept = (layer(x) - x) / (layer.eval()(x) - x)
+    found = kept.median(1).values.round().int()
+    assert set(found.unique().tolist()) == factors
+    share = (found > 0).float().mean().item()
+    assert abs(share - 1 / max(factors)) < 0.05
+
+
 @pytest.mark.parametrize("pool", ["pool", "last"])
 def test_padding_is_not_pooled(pool):
     torch.manual_seed(0)
@@ -139,7 +168,8 @@ def test_padding_is_not_pooled(pool):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: S5(4, d_state=10, blocks=2), "d_state 10 does not divide into 2 blocks"),
+        (lambda: S5(4, d_state=10, blocks=2), "d_state 10 does not divide into 2 blocks of conjugate pairs"),
+        (lambda: S5(4, d_state=10, blocks=3, conj_sym=False), "d_state 10 does not divide into 3 blocks$"),
         (lambda: S5(4, discretization="euler"), "discretization 'euler' is not one of zoh, bilinear"),
         (lambda: S5(4, C_init="zeros"), "C_init 'zeros'"),
         (lambda: S5(4, bidirectional=True)(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)), "no past"),
