@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._complex import wide
 from ssmvision.layers._optimizer_options import undecayed
-from ssmvision.layers.s4d import wide
 from ssmvision.layers.ss2d import SS2D
 from ssmvision.layers.ssm2d import FLIPS
 from ssmvision.ops import linear_scan_2d

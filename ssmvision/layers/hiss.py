@@ -97,10 +97,11 @@ class S4Stack(nn.Module):
         self.s4_layers = nn.ModuleList(S4Block(dim, transposed=False, **dd, **kwargs) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(dim, **dd) for _ in range(depth))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, l, dim) → the same."""
+    def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
+        """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
         for layer, norm in zip(self.s4_layers, self.norms, strict=True):
-            x = x + layer(norm(x)) if self.prenorm else norm(x + layer(x))
+            y = layer(norm(x) if self.prenorm else x, reset=reset)
+            x = x + y if self.prenorm else norm(x + y)
         return x
 
     def step(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

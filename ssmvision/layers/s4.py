@@ -12,10 +12,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from ssmvision.layers._complex import as_complex, wide
 from ssmvision.layers._optimizer_options import undecayed
+from ssmvision.layers._packed import packed_conv
 from ssmvision.layers.hippo import init_log_dt_, nplr
-from ssmvision.layers.s4d import S4DKernel, as_complex, inverse_transform, transform, wide
-from ssmvision.ops import fft_conv
+from ssmvision.layers.s4d import S4DKernel, inverse_transform, transform
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid,
@@ -28,7 +29,8 @@ class S4Kernel(nn.Module):
 
     C is stored as the frequency-domain form needs it, C (I - A_bar^L), for the length L in the buffer `l_kernel`. As
     in the official code a fresh layer (`l_kernel` 0) converts C in place at its first forward, and a sequence longer
-    than `l_kernel` doubles that; a checkpoint brings both.
+    than `l_kernel` doubles that; a checkpoint brings both. At another `rate` C stands for a length of L / rate.
+    `l_kernel` is read at every call, where `torch.compile` breaks its graph.
 
     Args:
         dim: Channels.
@@ -104,9 +106,11 @@ class S4Kernel(nn.Module):
         self, length: int, rate: float = 1.0, state: Optional[Tensor] = None
     ) -> tuple[Tensor, Optional[Tensor]]:
         """The kernel over `length` tokens; arguments and results as of `S4DKernel`."""
-        self._convert_C(round(rate * length))
+        if not length:
+            empty = self.C.new_zeros(*self.C.shape[:2], 0)
+            return empty, None if state is None else empty.expand(len(state), *empty.shape)
+        circle = self._circle(length, rate)
         A, B, P, C, dt = self._system(rate)
-        circle = round(self.l_kernel.item() / rate)
         omega = torch.exp(-2j * math.pi / circle * torch.arange(circle // 2 + 1, device=A.device, dtype=torch.float64))
         inputs = B[None]
         if state is not None:
@@ -127,16 +131,28 @@ class S4Kernel(nn.Module):
 
     def recurrence(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """A_bar (d, n, n), B_bar (d, n) and C (c, d, n) of the recurrence, complex, conjugates last."""
+        circle = self._circle(1, rate) if self.l_kernel.item() else 0
         A_bar, B_bar, C = self._dense(rate)
-        if length := int(self.l_kernel.item()):
-            # What was converted at `rate` 1 is undone at `rate` 1, whatever the step size of this recurrence.
-            total = torch.matrix_power(self._dense(1.0)[0].to(torch.complex128), length)
+        if circle:
+            total = torch.matrix_power(A_bar.to(torch.complex128), circle)
             C = _solve_right(torch.eye(total.shape[-1], device=C.device) - total, C.to(total)).to(C)
         return A_bar, B_bar, C
 
     def initial_state(self, batch: int) -> Tensor:
         """What precedes a sequence: zeros (b, d, s), complex."""
-        return torch.view_as_complex(self.C.new_zeros(batch, self.dim, self.d_state // 2, 2))
+        return as_complex(self.C.new_zeros(batch, self.dim, self.d_state // 2, 2))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Official checkpoints hold `l_kernel` as a number or as a vector of one."""
+        if (length := state_dict.get(f"{prefix}l_kernel")) is not None:
+            state_dict[f"{prefix}l_kernel"] = length.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _circle(self, length: int, rate: float) -> int:
+        """Steps of size `rate` dt that C is converted for, at least `length`."""
+        wanted = round(rate * length)
+        self._convert_C(wanted + (round(wanted / rate) < length))
+        return round(self.l_kernel.item() / rate)
 
     def _system(self, rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """A (d, s), B (d, s), P (r, d, s), C (c, d, s) and the step sizes (d, 1)."""
@@ -206,7 +222,7 @@ class S4Conv(nn.Module):
         channels: Outputs per channel.
         bidirectional: Half of the kernel's outputs look at the tokens that follow.
         activation: One of `ACTIVATIONS`, or None.
-        l_max: Longest kernel; None for that of the sequence.
+        l_max: Longest kernel; None for that of the sequence. A kernel that ends has no recurrence, hence no `step`.
         dropout: Rate after the activation; whole channels.
         mode: "dplr" for `S4Kernel`, "s4d" or "diag" for `S4DKernel`.
         swap_channels: Outputs of one channel lie together, not those of one kernel.
@@ -248,24 +264,48 @@ class S4Conv(nn.Module):
         """D is normal; the kernel initializes itself."""
         nn.init.normal_(self.D)
 
-    def forward(self, u: Tensor, rate: float = 1.0, state: Optional[Tensor] = None) -> Tensor:
-        """(b, dim, l) → (b, channels * dim, l), after `state` (b, dim, s) if that is given."""
+    def forward(
+        self, u: Tensor, rate: float = 1.0, state: Optional[Tensor] = None, reset: Optional[Tensor] = None
+    ) -> Tensor:
+        """(b, dim, l) → (b, channels * dim, l).
+
+        Args:
+            u: Tokens.
+            rate: Factor of the step size.
+            state: (b, dim, s): the state before the first token.
+            reset: Boolean, (b, l): True where a packed sequence starts.
+
+        Raises:
+            ValueError: A state with `l_max`; a state or resets with disc="dss".
+        """
+        if state is not None:
+            self._expect_recurrence()
+        if reset is not None and getattr(self.kernel, "disc", None) == "dss":
+            raise ValueError("a layer with disc='dss' takes no resets: its kernel is normalized over the length")
         length = u.shape[-1] if self.l_max is None else min(u.shape[-1], round(self.l_max / rate))
         kernel, from_state = self.kernel(length, rate, state)
         if self.bidirectional:
-            y = fft_conv(u, kernel[: self.channels], D=self.D, backward_kernel=kernel[self.channels :])
+            y = packed_conv(u, kernel[: self.channels], self.D, kernel[self.channels :], reset)
         else:
-            y = fft_conv(u, kernel, D=self.D)
+            y = packed_conv(u, kernel, self.D, reset=reset)
         if from_state is not None:
-            y = y + from_state[:, : self.channels]
+            from_state = from_state[:, : self.channels]
+            y = y + (from_state if reset is None else from_state * (reset.cumsum(1) == 0)[:, None, None])
         return self.drop(self.activation(self._join(y)))
 
     def step(self, u: Tensor, state: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """One token (b, dim) after `state` (b, dim, s): the outputs (b, channels * dim) and the next state."""
         if self.bidirectional:
             raise ValueError("a bidirectional layer cannot run step by step")
+        self._expect_recurrence()
         y, state = self.kernel.step(u, state, rate)
         return self.activation(self._join((y + self.D * u[:, None]).to(u.dtype))), state
+
+    def _expect_recurrence(self) -> None:
+        if self.l_max is not None:
+            raise ValueError(
+                f"a layer with l_max {self.l_max} has no recurrence, since its kernel ends; with l_max None it has"
+            )
 
     def _join(self, y: Tensor) -> Tensor:
         return (y.transpose(1, 2) if self.swap_channels else y).flatten(1, 2)
@@ -293,9 +333,11 @@ class S4Block(nn.Module):
         self.output_linear = channel_map(dim * self.layer.channels, dim, final_act, **dd)
         self.drop = nn.Dropout1d(dropout)
 
-    def forward(self, x: Tensor, rate: float = 1.0, state: Optional[Tensor] = None) -> Tensor:
-        """(b, dim, l) → the same; (b, l, dim) if not `transposed`. `state` as of `initial_state`."""
-        y = self.layer(x if self.transposed else x.transpose(1, 2), rate, state)
+    def forward(
+        self, x: Tensor, rate: float = 1.0, state: Optional[Tensor] = None, reset: Optional[Tensor] = None
+    ) -> Tensor:
+        """(b, dim, l) → the same; (b, l, dim) if not `transposed`. Other arguments as of `S4Conv.forward`."""
+        y = self.layer(x if self.transposed else x.transpose(1, 2), rate, state, reset)
         y = self.output_linear(y.transpose(1, 2))
         return self.drop(y.transpose(1, 2)) if self.transposed else self.drop(y.transpose(1, 2)).transpose(1, 2)
 

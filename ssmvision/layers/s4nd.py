@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmvision.layers._complex import wide
 from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s4 import S4Kernel, channel_map, make_activation
-from ssmvision.layers.s4d import S4DKernel, wide
+from ssmvision.layers.s4d import S4DKernel
 
 
 class S4ND(nn.Module):
@@ -104,6 +105,8 @@ class S4ND(nn.Module):
 
     def _convolve(self, u: Tensor, rates: tuple[float, ...]) -> Tensor:
         """(b, d, ...) → (b, c, d, ...), on a torus so large that no kernel reaches around it into the grid."""
+        if not u.numel():  # which transforms refuse
+            return u[:, None].expand(-1, self.channels, *u.shape[1:])
         axes = range(self.spatial_dims)
         extents = u.shape[2:]
         kernels = [self._kernel(axis, extents[axis], rates[axis]) for axis in axes]

@@ -10,13 +10,13 @@ Letters: b batch, l token, d channels, k kernels, n states.
 """
 
 import math
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from ssmvision.layers._optimizer_options import undecayed
-from ssmvision.ops import fft_conv
+from ssmvision.layers._packed import packed_conv
 
 _NEGLIGIBLE = 1e-4
 
@@ -68,14 +68,14 @@ class CompanionSSM(nn.Module):
             nn.init.normal_(parameter, std=1 / math.sqrt(self.d_state))
         nn.init.normal_(self.skip)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """(b, l, dim) → the same."""
+    def forward(self, u: Tensor, reset: Optional[Tensor] = None) -> Tensor:
+        """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
         kernel = self.per_channel(self.kernel(u.shape[1]))
-        return _convolve(u, kernel, self.skip if self.skip_connection else None)
+        return _convolve(u, kernel, self.skip if self.skip_connection else None, reset)
 
     def kernel(self, length: int) -> Tensor:
         """c^T A^l b for `length` tokens, (k, l)."""
-        return _kernel(self.matrix(), self.b, self.c, length)
+        return _kernel(self.matrix(), *self.vectors(), length)
 
     def matrix(self) -> Tensor:
         """A (k, n, n), in float64."""
@@ -90,11 +90,15 @@ class CompanionSSM(nn.Module):
         if not self.norm_order:
             return x
         norm = torch.linalg.vector_norm(x, ord=self.norm_order, dim=-1, keepdim=True)
-        return x / norm if norm.abs().mean() > _NEGLIGIBLE else x
+        return x / torch.where(norm.mean() > _NEGLIGIBLE, norm, 1)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """b, by which inputs drive the state, and c, by which outputs read it, (k, n), in float64."""
+        return self.b.double(), self.c.double()
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token (b, dim) after `state` (see `initial_state`): its output (b, dim) and the next state."""
-        A, b, c = (self.per_channel(x) for x in (self.matrix(), self.b.double(), self.c.double()))
+        A, b, c = (self.per_channel(x) for x in (self.matrix(), *self.vectors()))
         state = torch.einsum("dnm,bdm->bdn", A, state) + b * u.double()[..., None]
         y = (c * state).sum(-1)
         return (y + self.skip * u if self.skip_connection else y).to(u.dtype), state
@@ -124,6 +128,8 @@ class ShiftSSM(CompanionSSM):
 class ClosedLoopSSM(CompanionSSM):
     """A companion SSM that also predicts its next input k^T x, and from it goes on by itself.
 
+    b and c are normalized, as a is. Checkpoints have a `skip`, which is not used.
+
     Args:
         *args: Of `CompanionSSM`.
         **kwargs: Of `CompanionSSM`.
@@ -133,19 +139,18 @@ class ClosedLoopSSM(CompanionSSM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.skip_connection = False
         self.k = nn.Parameter(torch.empty_like(self.a))
         nn.init.normal_(self.k, std=1 / math.sqrt(self.d_state))
 
-    def forward(self, u: Tensor) -> Tensor:
-        """(b, l, dim) → the same: the outputs of the open loop."""
-        return self.open_loop(u)[0]
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """As in `CompanionSSM`, normalized."""
+        return self.normalized(self.b), self.normalized(self.c)
 
     def open_loop(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs for, and predictions of the inputs after, every token (b, l, dim); all vectors normalized."""
-        A, b = self.matrix(), self.normalized(self.b)
-        kernels = (_kernel(A, b, self.normalized(x), u.shape[1]).to(self.a.dtype) for x in (self.c, self.k))
-        y, prediction = (_convolve(u, self.per_channel(kernel), None) for kernel in kernels)
-        return y, prediction
+        kernel = _kernel(self.matrix(), self.normalized(self.b), self.normalized(self.k), u.shape[1])
+        return self(u), _convolve(u, self.per_channel(kernel))
 
     def forecast(self, u: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
         """Outputs and predicted inputs (b, horizon, dim), c^T (A + b k^T)^h x and k^T (A + b k^T)^h x.
@@ -185,7 +190,7 @@ class FixedKernelSSM(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(b, l, dim) → the same."""
-        return _convolve(u, self.kernels.repeat(self.dim // len(self.kernels), 1), None)
+        return _convolve(u, self.kernels.repeat(self.dim // len(self.kernels), 1))
 
 
 def differencing_kernels(n_kernels: int, kernel_dim: int, max_order: int = 4) -> Tensor:
@@ -217,5 +222,5 @@ def _kernel(A: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
     return torch.einsum("kn,knl->kl", c.double(), _krylov(A, b.double(), length))
 
 
-def _convolve(u: Tensor, kernel: Tensor, skip: Tensor | None) -> Tensor:
-    return fft_conv(u.transpose(1, 2), kernel.to(u.dtype), D=skip).transpose(1, 2)
+def _convolve(u: Tensor, kernel: Tensor, skip: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
+    return packed_conv(u.transpose(1, 2), kernel.to(u.dtype), skip, reset=reset).transpose(1, 2)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmvision.layers._complex import as_complex, wide
 from ssmvision.layers._optimizer_options import undecayed
-from ssmvision.layers.s4d import as_complex, wide
 from ssmvision.ops import linear_scan_2d
 
 FLIPS: dict[int, tuple[tuple[int, ...], ...]] = {1: ((),), 2: ((), (-2, -1)), 4: ((), (-2,), (-1,), (-2, -1))}

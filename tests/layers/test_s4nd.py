@@ -93,6 +93,11 @@ def test_every_parameter_learns(mode):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("mode", ["dplr", "s4d"])
+def test_nothing_gives_nothing(mode):
+    assert make(2, mode=mode, init="legs", channels=2)(torch.zeros(2, 3, 0, 5).double()).shape == (2, 3, 0, 5)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -1,5 +1,6 @@
 """SpaceTime: the golden case; kernels, steps and closed loops agree; accuracy where the official kernel loses it."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,41 @@ def stepped(layer, x):
     return torch.stack(outputs, 1), state
 
 
-@pytest.mark.parametrize("make", [CompanionSSM, ShiftSSM])
+@pytest.mark.parametrize("make", [CompanionSSM, ShiftSSM, ClosedLoopSSM])
 @pytest.mark.parametrize("options", [{}, {"n_heads": 2, "head_dim": 2, "norm_order": 2}, {"skip_connection": False}])
 def test_steps_equal_the_convolution(make, options):
     torch.manual_seed(0)
     layer = make(8, 2, 5, dtype=torch.float64, **options)
     x = torch.randn(2, 30, 8, dtype=torch.float64)
     torch.testing.assert_close(stepped(layer, x)[0], layer(x), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [CompanionSSM, ShiftSSM, ClosedLoopSSM])
+def test_packed_clips_equal_clips_alone_and_step_by_step(make):
+    torch.manual_seed(0)
+    layer = make(4, 2, 5, dtype=torch.float64)
+    x, reset = torch.randn(2, 30, 4, dtype=torch.float64), torch.rand(2, 30) < torch.tensor([[0.1], [0.6]])
+    packed = layer(x, reset)
+    for tokens, found, begins in zip(x, packed, reset, strict=True):
+        cuts = sorted({0, *begins.nonzero().flatten().tolist(), len(tokens)})
+        for first, last in itertools.pairwise(cuts):
+            clip = tokens[None, first:last]
+            for alone in (layer(clip), stepped(layer, clip)[0]):
+                torch.testing.assert_close(found[None, first:last], alone, rtol=1e-9, atol=1e-10)
+
+
+def test_the_whole_layer_compiles():
+    torch.manual_seed(0)
+    layer, x = ClosedLoopSSM(4, 2, 5), torch.randn(2, 9, 4)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_vectors_that_vanish_stay_as_they_are():
+    layer = CompanionSSM(2, 2, 3)
+    torch.nn.init.zeros_(layer.a)
+    layer(torch.randn(1, 5, 2)).square().sum().backward()
+    assert layer.a.grad.isfinite().all()
+    torch.testing.assert_close(layer.normalized(layer.a), torch.zeros(2, 3, dtype=torch.float64))
 
 
 @pytest.mark.slow
@@ -87,6 +116,7 @@ def test_forecast_continues_the_open_loop():
         found_y, found_inputs = layer.open_loop(extended)
     torch.testing.assert_close(y, found_y[:, 11:], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(inputs, found_inputs[:, 11:], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(stepped(layer, extended)[0], found_y, rtol=1e-9, atol=1e-10)
 
 
 def test_fixed_kernels():

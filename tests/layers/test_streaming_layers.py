@@ -6,7 +6,19 @@ import random
 import pytest
 import torch
 
-from ssmvision.layers import S5, ConvS5, Hierarchical, Level, Mamba, Mamba2, Mamba3, MambaStack, S4Stack
+from ssmvision.layers import (
+    S5,
+    ClosedLoopSSM,
+    CompanionSSM,
+    ConvS5,
+    Hierarchical,
+    Level,
+    Mamba,
+    Mamba2,
+    Mamba3,
+    MambaStack,
+    S4Stack,
+)
 from ssmvision.layers.s5 import S5Encoder
 
 LAYERS = {
@@ -85,6 +97,10 @@ LONG = {
     "S5 bilinear": lambda: S5(8, d_state=32, discretization="bilinear"),
     "S5Encoder": lambda: S5Encoder(8, 2, d_state=16),
     "ConvS5": lambda: Pixels(8, ssm_size=16, num_groups=2),
+    "S4Stack": lambda: S4Stack(8, 2, mode="s4d", d_state=16),
+    "S4Stack ptd": lambda: S4Stack(8, 2, mode="s4d", d_state=16, init="ptd"),
+    "CompanionSSM": lambda: CompanionSSM(8, 8, 16),
+    "ClosedLoopSSM": lambda: ClosedLoopSSM(8, 8, 16),
 }
 
 

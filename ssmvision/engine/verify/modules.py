@@ -43,10 +43,16 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: They do not fit.
     """
-    report = compare_keys(dict(weights), module.state_dict())
+    ours = module.state_dict()
+    # A number may be stored as such or as a vector of one, as S4's `l_kernel` is by versions of the official code.
+    weights = {
+        name: x.reshape(1) if not x.dim() and name in ours and ours[name].shape == (1,) else x
+        for name, x in weights.items()
+    }
+    report = compare_keys(weights, ours)
     if not report.ok:
         raise ValueError(f"the weights do not fit: {report.summary()}")
-    module.load_state_dict(dict(weights))
+    module.load_state_dict(weights)
 
 
 def within(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
