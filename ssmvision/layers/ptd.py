@@ -52,7 +52,8 @@ def ptd(n: int, relative: Optional[float] = None, measure: str = "legs", seed: i
 
     Args:
         n: State size, even.
-        relative: Spectral norm of E over that of A; None for 1e-4 or, below 16 states, what makes eigenvalues complex.
+        relative: Spectral norm of E over that of A; None for 1e-4, for half of it above 48 states, and below 16 for
+            what makes eigenvalues complex.
         measure: One of `hippo.MEASURES`.
         seed: Of the first E.
 
@@ -62,7 +63,7 @@ def ptd(n: int, relative: Optional[float] = None, measure: str = "legs", seed: i
     """
     if n % 2:
         raise ValueError(f"the state size {n} is odd: eigenvalues come in conjugate pairs")
-    relative = _RELATIVE.get(n, 1e-4) if relative is None else relative
+    relative = _RELATIVE.get(n, 1e-4 if n <= 48 else 5e-5) if relative is None else relative
     A, B = hippo(measure, n)
     size = relative * torch.linalg.matrix_norm(A, 2)
     generator = torch.Generator().manual_seed(seed)

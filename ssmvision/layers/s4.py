@@ -10,6 +10,7 @@ import math
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmvision.layers._complex import as_complex, wide
@@ -222,7 +223,7 @@ class S4Conv(nn.Module):
         channels: Outputs per channel.
         bidirectional: Half of the kernel's outputs look at the tokens that follow.
         activation: One of `ACTIVATIONS`, or None.
-        l_max: Longest kernel; None for that of the sequence. A kernel that ends has no recurrence, hence no `step`.
+        l_max: Longest kernel; None for that of the sequence. `step`, without an end, equals `forward` up to there.
         dropout: Rate after the activation; whole channels.
         mode: "dplr" for `S4Kernel`, "s4d" or "diag" for `S4DKernel`.
         swap_channels: Outputs of one channel lie together, not those of one kernel.
@@ -276,10 +277,8 @@ class S4Conv(nn.Module):
             reset: Boolean, (b, l): True where a packed sequence starts.
 
         Raises:
-            ValueError: A state with `l_max`; a state or resets with disc="dss".
+            ValueError: A state or resets with disc="dss".
         """
-        if state is not None:
-            self._expect_recurrence()
         if reset is not None and getattr(self.kernel, "disc", None) == "dss":
             raise ValueError("a layer with disc='dss' takes no resets: its kernel is normalized over the length")
         length = u.shape[-1] if self.l_max is None else min(u.shape[-1], round(self.l_max / rate))
@@ -289,7 +288,7 @@ class S4Conv(nn.Module):
         else:
             y = packed_conv(u, kernel, self.D, reset=reset)
         if from_state is not None:
-            from_state = from_state[:, : self.channels]
+            from_state = F.pad(from_state[:, : self.channels], (0, u.shape[-1] - length))
             y = y + (from_state if reset is None else from_state * (reset.cumsum(1) == 0)[:, None, None])
         return self.drop(self.activation(self._join(y)))
 
@@ -297,15 +296,8 @@ class S4Conv(nn.Module):
         """One token (b, dim) after `state` (b, dim, s): the outputs (b, channels * dim) and the next state."""
         if self.bidirectional:
             raise ValueError("a bidirectional layer cannot run step by step")
-        self._expect_recurrence()
         y, state = self.kernel.step(u, state, rate)
         return self.activation(self._join((y + self.D * u[:, None]).to(u.dtype))), state
-
-    def _expect_recurrence(self) -> None:
-        if self.l_max is not None:
-            raise ValueError(
-                f"a layer with l_max {self.l_max} has no recurrence, since its kernel ends; with l_max None it has"
-            )
 
     def _join(self, y: Tensor) -> Tensor:
         return (y.transpose(1, 2) if self.swap_channels else y).flatten(1, 2)

@@ -99,6 +99,16 @@ def test_packed_clips_equal_clips_alone_and_step_by_step(name):
     assert not torch.allclose(layer(x), packed, atol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["s4d", "dplr"])
+def test_a_kernel_that_ends_equals_steps_up_to_there(mode):
+    torch.manual_seed(0)
+    layer, x = S4Block(4, mode=mode, d_state=8, l_max=10).double().eval(), torch.randn(2, 4, 30, dtype=torch.float64)
+    start = torch.randn(2, 4, 4, dtype=torch.complex128)
+    steps, _ = stepped(layer, x, start)
+    torch.testing.assert_close(layer(x, state=start)[..., :10], steps[..., :10])
+    assert not torch.allclose(layer(x)[..., 10:], stepped(layer, x, layer.initial_state(2))[0][..., 10:])
+
+
 def test_packed_clips_of_a_stack_and_of_both_directions():
     torch.manual_seed(0)
     x, reset = torch.randn(1, 30, 6), torch.isin(torch.arange(30), torch.tensor([7, 8, 20]))[None]
@@ -286,8 +296,6 @@ def test_kernels_decay(init):
         (lambda: S4Block(4, mode="fast"), "mode 'fast' is not"),
         (lambda: S4Block(4, activation="step"), "no activation 'step'"),
         (lambda: S4DKernel(4, disc="dss").step(torch.zeros(1, 4), torch.zeros(1, 4, 32)), "cannot run step by step"),
-        (lambda: S4Block(4, l_max=10).step(torch.zeros(1, 4), torch.zeros(1, 4, 32)), "l_max 10 has no recurrence"),
-        (lambda: S4Block(4, l_max=10)(torch.zeros(1, 4, 9), state=torch.zeros(1, 4, 32)), "l_max 10 has no recurrence"),
         (
             lambda: S4Block(4, mode="s4d", disc="dss")(torch.zeros(1, 4, 3), reset=torch.ones(1, 3, dtype=torch.bool)),
             "disc='dss' takes no resets",
