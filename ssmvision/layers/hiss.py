@@ -26,7 +26,7 @@ class MambaBlock(nn.Module):
 
     def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
         """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
-        return self.run(x, None, reset)[0]
+        return x + self.mixer(self.norm(x), reset)
 
     def run(self, x: Tensor, state: Optional[S6State] = None, reset: Optional[Tensor] = None) -> tuple[Tensor, S6State]:
         """As `forward`, after `state`; also returns the state after the last token."""
@@ -63,7 +63,9 @@ class MambaStack(nn.Module):
 
     def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
         """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
-        return self.run(x, None, reset)[0]
+        for layer in self.layers:
+            x = layer(x, reset)
+        return self.norm_f(x)
 
     def run(
         self, x: Tensor, state: Optional[S6States] = None, reset: Optional[Tensor] = None

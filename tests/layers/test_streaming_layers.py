@@ -116,6 +116,17 @@ def test_pieces_give_the_whole(name, length, packed):
             assert_near(found, wanted)
 
 
+def test_hooks_see_the_layers_of_a_stack():
+    """What looks into models, or wraps their parts, hooks into calls; `forward` must make them."""
+    layer, x = sample("Level", 0, (2, 7))
+    parts = [layer.net, *layer.net.layers, *(block.mixer for block in layer.net.layers)]
+    called = []
+    for part in parts:
+        part.register_forward_hook(lambda part, *_: called.append(part))
+    layer(x)
+    assert {*called} == {*parts}
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [1, 7, 300])
