@@ -77,7 +77,7 @@ class FourOrderMamba(S6Branch):
         y = self.mix(*(m[..., routes].transpose(1, 2).flatten(0, 1) for m in (u, z)))
         back = scan_routes.inverse(routes).unsqueeze(1).expand(-1, self.d_inner, -1).repeat(x.shape[0], 1, 1)
         y = y.gather(2, back).unflatten(0, (-1, len(routes))).sum(1)
-        coefficients = self.coefficients(self.convolve(u).transpose(1, 2))
+        coefficients = self.coefficients(self.convolve(u)[0].transpose(1, 2))
         # The official code undoes the reversed orders along channels. Losses rely on it, features do not.
         gate = 2 * (z + z.flip(1, 2))
         return Scanned(y, gate, *(m.transpose(1, 2).unsqueeze(1) for m in coefficients))

@@ -4,10 +4,9 @@ from typing import Any, Optional
 
 from torch import Tensor, nn
 
-from ssmvision.layers.mamba import Mamba
+from ssmvision.layers.mamba import Mamba, S6State, S6States
 from ssmvision.layers.s4 import S4Block
-
-MambaState = list[tuple[Tensor, Tensor]]
+from ssmvision.ops._library import expect_reset
 
 
 class MambaBlock(nn.Module):
@@ -29,7 +28,12 @@ class MambaBlock(nn.Module):
         """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
         return x + self.mixer(self.norm(x), reset)
 
-    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def run(self, x: Tensor, state: Optional[S6State] = None, reset: Optional[Tensor] = None) -> tuple[Tensor, S6State]:
+        """As `forward`, after `state`; also returns the state after the last token."""
+        y, state = self.mixer.run(self.norm(x), state, reset)
+        return x + y, state
+
+    def step(self, x: Tensor, state: S6State) -> tuple[Tensor, S6State]:
         """One token (b, dim) after `state`: its output (b, dim) and the next state."""
         y, state = self.mixer.step(self.norm(x), state)
         return x + y, state
@@ -63,7 +67,17 @@ class MambaStack(nn.Module):
             x = layer(x, reset)
         return self.norm_f(x)
 
-    def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+    def run(
+        self, x: Tensor, state: Optional[S6States] = None, reset: Optional[Tensor] = None
+    ) -> tuple[Tensor, S6States]:
+        """As `forward`, after `state` (see `initial_state`); also returns the state after the last token."""
+        after: S6States = []
+        for index, layer in enumerate(self.layers):
+            x, next_state = layer.run(x, None if state is None else state[index], reset)
+            after.append(next_state)
+        return self.norm_f(x), after
+
+    def step(self, x: Tensor, state: S6States) -> tuple[Tensor, S6States]:
         """One token (b, dim) after `state` (see `initial_state`): its output (b, dim) and the next state."""
         after = []
         for layer, before in zip(self.layers, state, strict=True):
@@ -71,7 +85,7 @@ class MambaStack(nn.Module):
             after.append(next_state)
         return self.norm_f(x), after
 
-    def initial_state(self, batch: int) -> MambaState:
+    def initial_state(self, batch: int) -> S6States:
         """What precedes a sequence, for each block."""
         return [layer.mixer.initial_state(batch) for layer in self.layers]
 
@@ -145,9 +159,14 @@ class Level(nn.Module):
         self.net = net
         self.decoder = nn.Identity() if out_dim is None else nn.Linear(dim, out_dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, l, in_dim) → (b, l, out_dim)."""
-        return self.decoder(self.net(self.embed(x)))
+    def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
+        """(b, l, in_dim) → (b, l, out_dim); `reset` (b, l), True where a packed sequence starts, if `net` takes it."""
+        return self.decoder(_after_resets(self.net, self.embed(x), reset))
+
+    def run(self, x: Tensor, state: Any = None, reset: Optional[Tensor] = None) -> tuple[Tensor, Any]:
+        """As `forward`, after `state`; also returns the state after the last token. For a `net` that has `run`."""
+        y, state = self.net.run(self.embed(x), state, reset)
+        return self.decoder(y), state
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One token (b, in_dim) after `state`, for a `net` that has `step`."""
@@ -176,13 +195,21 @@ class Hierarchical(nn.Module):
         self.low_level = low
         self.high_level = high
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
         """(b, l, in) → one output per chunk, (b, l / ratio, out).
 
+        Args:
+            x: Whole chunks, one after the other.
+            reset: Boolean (b, l), True where a packed sequence starts, which is where a chunk starts.
+
         Raises:
-            ValueError: l is not a multiple of `ratio`.
+            ValueError: l is not a multiple of `ratio`, or a packed sequence starts within a chunk.
         """
-        return self.high_level(self.summarize(x))
+        return _after_resets(self.high_level, self.summarize(x), self._chunk_resets(x, reset))
+
+    def run(self, x: Tensor, state: Any = None, reset: Optional[Tensor] = None) -> tuple[Tensor, Any]:
+        """As `forward`, after `state` of the high level; also returns its state after the last chunk."""
+        return self.high_level.run(self.summarize(x), state, self._chunk_resets(x, reset))
 
     def summarize(self, x: Tensor) -> Tensor:
         """The token of each chunk, (b, l, in) → (b, l / ratio, d)."""
@@ -199,3 +226,20 @@ class Hierarchical(nn.Module):
     def initial_state(self, batch: int) -> Any:
         """What precedes a sequence: the initial state of the high level."""
         return self.high_level.initial_state(batch)
+
+    def _chunk_resets(self, x: Tensor, reset: Optional[Tensor]) -> Optional[Tensor]:
+        """(b, l) → (b, l / ratio)."""
+        if reset is None:
+            return None
+        expect_reset("Hierarchical", reset, tuple(x.shape[:2]))
+        chunks = reset.unflatten(1, (-1, self.ratio))
+        if chunks[..., 1:].any():
+            raise ValueError(
+                f"Hierarchical: a packed sequence starts within a chunk of {self.ratio} steps, not with one"
+            )
+        return chunks[..., 0]
+
+
+def _after_resets(net: nn.Module, x: Tensor, reset: Optional[Tensor]) -> Tensor:
+    """Whether `net` knows resets matters only where there are some."""
+    return net(x) if reset is None else net(x, reset)

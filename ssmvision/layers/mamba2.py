@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.s6 import init_dt_bias_, state_matrix
-from ssmvision.ops import causal_conv1d, causal_conv1d_step, ssd_scan, ssd_scan_step
+from ssmvision.ops import causal_conv1d_run, causal_conv1d_step, ssd_scan, ssd_scan_step
 
 
 class RMSNormGated(nn.Module):
@@ -122,16 +122,23 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
         """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
+        return self.run(x, None, reset)[0]
+
+    def run(
+        self, x: Tensor, state: Optional[tuple[Tensor, Tensor]] = None, reset: Optional[Tensor] = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As `forward`, after `state` (see `initial_state`); also returns the state after the last token."""
+        window, s = (None, None) if state is None else state
         mlp, z, xbc, dt = self._project(x)
-        xbc = causal_conv1d(
-            xbc.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True, reset=reset
+        xbc, window = causal_conv1d_run(
+            xbc.transpose(1, 2), window, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True, reset=reset
         )
         u, b, c = self._heads(xbc.transpose(1, 2))
-        y, _ = ssd_scan(
+        y, s = ssd_scan(
             u, dt, state_matrix(self.A_log), b, c, D=self._skip(), z=self._scan_gate(z), dt_bias=self.dt_bias,
-            dt_softplus=True, dt_limit=self.dt_limit, reset=reset,
+            dt_softplus=True, dt_limit=self.dt_limit, initial_state=s, reset=reset,
         )  # fmt: skip
-        return self._output(mlp, y, z)
+        return self._output(mlp, y, z), (window, s)
 
     def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One token (b, dim) after `state` (see `initial_state`): its output (b, dim) and the next state."""

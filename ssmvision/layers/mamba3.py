@@ -77,7 +77,7 @@ def trapezoidal_scan(
         reset: Boolean (b, l), True where a packed sequence starts.
 
     Returns:
-        y (b, l, h, p); and the state after the last token.
+        y (b, l, h, p); and the state after the last token, or `state` if there is none.
 
     Raises:
         RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
@@ -88,19 +88,23 @@ def trapezoidal_scan(
     dtype = torch.promote_types(v.dtype, torch.float32)
     out_dtype = v.dtype
     q, k, v, dt, a_dt, trap, angles = (x.to(dtype) for x in (q, k, v, dt, a_dt, trap, angles))
+    b, l, h, p = v.shape
+    if state is None:
+        state = _nothing(v, b, h, p, q.shape[-1], angles.shape[-1])
+    if not l:
+        return v.to(out_dtype), state
     # Whole turns are removed from a sum that float32 would round. Across resets it runs on: differences alone matter.
     turns = (math.pi * torch.tanh(angles) * dt.unsqueeze(-1)).double().cumsum(1)
-    start = 0 if state is None else state.angle.unsqueeze(1)
-    theta = torch.remainder(turns + start, 2 * math.pi).to(dtype)
+    theta = torch.remainder(turns + state.angle.unsqueeze(1), 2 * math.pi).to(dtype)
     q, k = _rotated(q, q_bias, theta), _rotated(k, k_bias, theta)
     own, before = _weights(trap, dt)
     total = own + F.pad(before[:, 1:], [0, 0, 0, 1])
-    start_ssm = v.new_zeros(*v.shape[:1], *v.shape[2:], q.shape[-1])
-    if state is not None:
-        start_ssm = state.ssm + _outer(state.v, state.k, before[:, 0])
+    carried = state.ssm + _outer(state.v, state.k, before[:, 0])
     with no_autocast(v):
-        y, last = _chunked(q, k, v, a_dt, own, total, start_ssm, reset)
-    return _skip_and_gate(y, v, D, z).to(out_dtype), Mamba3State(theta[:, -1], last, k[:, -1], v[:, -1])
+        y, last = _chunked(q, k, v, a_dt, own, total, carried, reset)
+    # Copies: as slices, a small state would keep all tokens in memory.
+    angle, last_k, last_v = (x[:, -1].clone() for x in (theta, k, v))
+    return _skip_and_gate(y, v, D, z).to(out_dtype), Mamba3State(angle, last, last_k, last_v)
 
 
 def trapezoidal_scan_step(
@@ -198,8 +202,14 @@ class Mamba3(nn.Module):
 
     def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
         """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
-        y, _ = trapezoidal_scan(**self._arguments(x), D=self.D, state=None, reset=reset)
-        return self.out_proj(y.flatten(-2))
+        return self.run(x, None, reset)[0]
+
+    def run(
+        self, x: Tensor, state: Optional[Mamba3State] = None, reset: Optional[Tensor] = None
+    ) -> tuple[Tensor, Mamba3State]:
+        """As `forward`, after `state` (see `initial_state`); also returns the state after the last token."""
+        y, state = trapezoidal_scan(**self._arguments(x), D=self.D, state=state, reset=reset)
+        return self.out_proj(y.flatten(-2)), state
 
     def step(self, x: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
         """One token (b, dim) after `state` (see `initial_state`): its output (b, dim) and the next state."""
@@ -208,10 +218,8 @@ class Mamba3(nn.Module):
 
     def initial_state(self, batch: int) -> Mamba3State:
         """What precedes a sequence: zeros."""
-        h, n, p = self.num_heads, self.d_state, self.d_inner // self.num_heads
-        dtype = torch.promote_types(self.D.dtype, torch.float32)
-        shapes = [(h, self.num_angles), (h, p, n), (h, n), (h, p)]
-        return Mamba3State(*(self.D.new_zeros(batch, *shape, dtype=dtype) for shape in shapes))
+        h = self.num_heads
+        return _nothing(self.D, batch, h, self.d_inner // h, self.d_state, self.num_angles)
 
     def _widths(self) -> list[int]:
         """Of z, x, B, C, dt, A, trap and angles, as `in_proj` gives them."""
@@ -252,6 +260,13 @@ def _check(operator: str, tensors: dict[str, Any], state: Optional[Mamba3State])
         raise RuntimeError(f"{operator}: {s} angles turn {2 * s} states, but there are {n}")
 
 
+def _nothing(like: Tensor, b: int, h: int, p: int, n: int, s: int) -> Mamba3State:
+    """The zeros that precede a sequence."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    shapes = ((h, s), (h, p, n), (h, n), (h, p))
+    return Mamba3State(*(like.new_zeros(b, *shape, dtype=dtype) for shape in shapes))
+
+
 def _heavy_tail(x: Tensor) -> Tensor:
     """Positive, increasing, smooth; where exp and softplus fall off exponentially, this falls like 1 / |x|."""
     return torch.where(x < 0, 1 / (1 - x.clamp(max=0)), 1 + x)
@@ -271,13 +286,12 @@ def _chunked(
     q: Tensor, k: Tensor, v: Tensor, a_dt: Tensor, own: Tensor, total: Tensor, state: Tensor, reset: Optional[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Outputs (b, l, h, p) and last state (b, h, p, n) of tokens that weigh `own` to themselves, `total` to others."""
-    length = v.shape[1]
     cuts = torch.zeros_like(a_dt[..., 0]) if reset is None else reset.to(a_dt.dtype)
     outputs = []
     for chunk in zip(*(x.split(CHUNK, dim=1) for x in (q, k, v, a_dt, own, total, cuts)), strict=True):
         y, state = _chunk(*chunk, state=state)
         outputs.append(y)
-    return torch.cat(outputs, 1) if length else v, state
+    return torch.cat(outputs, 1), state
 
 
 def _chunk(

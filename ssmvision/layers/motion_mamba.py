@@ -3,17 +3,19 @@
 No official code of the model is published: this is our reading of the paper, and no weights exist that could prove it.
 """
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmvision.layers.mamba import S6Branch
+from ssmvision.layers.mamba import S6Branch, S6States
 
 
 class HierarchicalTemporalMamba(nn.Module):
     """x + out_proj(silu(z) * the sum of isolated scans over time), each with a convolution and coefficients of its own.
+
+    It is causal and can stream; the block that the paper makes of it and a scan over channels cannot.
 
     Args:
         dim: Channels of input and output.
@@ -50,11 +52,34 @@ class HierarchicalTemporalMamba(nn.Module):
         for branch in self.branches:
             branch.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, l, dim) → the same."""
+    def forward(self, x: Tensor, reset: Optional[Tensor] = None) -> Tensor:
+        """(b, l, dim) → the same; `reset` (b, l) is True where a packed sequence starts."""
+        return self.run(x, None, reset)[0]
+
+    def run(
+        self, x: Tensor, state: Optional[S6States] = None, reset: Optional[Tensor] = None
+    ) -> tuple[Tensor, S6States]:
+        """As `forward`, after `state` (see `initial_state`); also returns the state after the last token."""
         u, z = self.in_proj(self.norm(x)).transpose(1, 2).chunk(2, dim=1)
-        y = torch.stack([branch.mix(u) for branch in self.branches]).sum(0)
-        return x + self.out_proj((y * F.silu(z)).transpose(1, 2))
+        outputs: list[Tensor] = []
+        after: S6States = []
+        for index, branch in enumerate(self.branches):
+            y, last = branch.mix_run(u, None, None if state is None else state[index], reset)
+            outputs.append(y)
+            after.append(last)
+        y = torch.stack(outputs).sum(0)
+        return x + self.out_proj((y * F.silu(z)).transpose(1, 2)), after
+
+    def step(self, x: Tensor, state: S6States) -> tuple[Tensor, S6States]:
+        """One token (b, dim) after `state` (see `initial_state`): its output (b, dim) and the next state."""
+        u, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)
+        pairs = [branch.mix_step(u, None, s) for branch, s in zip(self.branches, state, strict=True)]
+        y = torch.stack([y for y, _ in pairs]).sum(0)
+        return x + self.out_proj(y * F.silu(z)), [after for _, after in pairs]
+
+    def initial_state(self, batch: int) -> S6States:
+        """What precedes a sequence, for each scan."""
+        return [branch.initial_state(batch) for branch in self.branches]
 
 
 class BidirectionalSpatialMamba(nn.Module):

@@ -2,7 +2,7 @@
 
 from . import routes
 from ._backend import backend_info, lowered_for_export
-from .causal_conv1d import causal_conv1d, causal_conv1d_step
+from .causal_conv1d import causal_conv1d, causal_conv1d_run, causal_conv1d_step
 from .convs5_step import convs5_step, frame_conv_weight
 from .fft_conv import fft_conv
 from .frame_norm import frame_norm
@@ -14,6 +14,7 @@ from .ssd_scan import resets_from_seq_idx, ssd_scan, ssd_scan_step
 __all__ = [
     "backend_info",
     "causal_conv1d",
+    "causal_conv1d_run",
     "causal_conv1d_step",
     "convs5_step",
     "fft_conv",

@@ -64,6 +64,49 @@ def causal_conv1d(
     return torch.ops.ssmvision.causal_conv1d(x, weight, bias, silu, routes, reset, backend)
 
 
+def causal_conv1d_run(
+    x: Tensor,
+    state: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    silu: bool = False,
+    reset: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d` of tokens that come after others, and what `causal_conv1d_step` needs to go on.
+
+    Args:
+        x: Tokens (b, d, l).
+        state: The w - 1 tokens before, oldest first, (b, d, w - 1); None for zeros, which cost nothing.
+        weight: (d, w).
+        bias: (d,).
+        silu: Apply SiLU to the result.
+        reset: Boolean (b, l), True where a packed sequence starts.
+
+    Returns:
+        y (b, d, l) in x's dtype; and the last w - 1 tokens, zeros before the latest reset, in the dtype of `state` or
+        of `weight`.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, naming the tensor and both shapes.
+    """
+    (b, d, tokens), past = x.shape, weight.shape[-1] - 1
+    dtype = weight.dtype if state is None else state.dtype
+    if state is None:
+        y = causal_conv1d(x, weight, bias, silu, None, reset)
+    else:
+        if not torch.jit.is_scripting():
+            expect("causal_conv1d_run", "state", state, (b, d, past))
+        x = torch.cat([state.mT.to(x.dtype), x.mT], dim=1).mT  # channels-last, as tokens are the fastest
+        y = causal_conv1d(x, weight, bias, silu, None, None if reset is None else F.pad(reset, [past, 0]))[..., past:]
+    # A copy: as a slice, a small state would keep all tokens in memory.
+    window = F.pad(x, [past - x.shape[-1], 0])
+    if reset is not None:
+        starts = F.pad(reset, [past - tokens, 0])
+        starts_later = starts.flip(-1).cumsum(-1).flip(-1) > starts
+        window = window.masked_fill(starts_later.unsqueeze(1), 0)
+    return y, window.to(dtype)
+
+
 def causal_conv1d_step(
     x: Tensor, state: Tensor, weight: Tensor, bias: Optional[Tensor] = None, silu: bool = False
 ) -> tuple[Tensor, Tensor]:

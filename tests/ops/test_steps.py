@@ -1,5 +1,6 @@
 """One step at a time gives what the whole scan gives."""
 
+import itertools
 import random
 
 import pytest
@@ -8,6 +9,7 @@ from scan_cases import error
 
 from ssmvision.ops import (
     causal_conv1d,
+    causal_conv1d_run,
     causal_conv1d_step,
     selective_scan,
     selective_scan_step,
@@ -96,6 +98,33 @@ def test_causal_conv1d(seed):
     assert torch.equal(state, seen[..., seen.shape[-1] - w + 1 :])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_causal_conv1d_piece_by_piece(seed, packed):
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    b, d, l, w = draw.randint(1, 3), draw.randint(1, 20), draw.randint(1, 20), draw.randint(1, 5)
+    x, weight, bias, silu = torch.randn(b, d, l), torch.randn(d, w), maybe(draw, d), draw.random() < 0.5
+    reset = torch.rand(b, l) < 0.2 if packed else None
+    cuts = [0, *sorted(draw.choices(range(l + 1), k=3)), l]
+    state, outputs = draw.choice([None, torch.zeros(b, d, w - 1)]), []
+    for first, last in itertools.pairwise(cuts):
+        flags = None if reset is None else reset[:, first:last]
+        y, state = causal_conv1d_run(x[..., first:last], state, weight, bias, silu, flags)
+        outputs.append(y)
+    assert_same((torch.cat(outputs, -1),), (causal_conv1d(x, weight, bias, silu, reset=reset),))
+    for i in range(b):
+        start = 0 if reset is None else max([0, *reset[i].nonzero().flatten().tolist()])
+        seen = torch.cat([torch.zeros(d, w - 1), x[i, :, start:]], -1)
+        assert torch.equal(state[i], seen[:, seen.shape[-1] - w + 1 :])
+
+
+def test_a_window_of_another_width_is_named():
+    message = r"^causal_conv1d_run: state has shape \(2, 4, 3\), expected \(2, 4, 2\)"
+    with pytest.raises(RuntimeError, match=message):
+        causal_conv1d_run(torch.zeros(2, 4, 5), torch.zeros(2, 4, 3), torch.zeros(4, 3))
+
+
 SELECTIVE = [(2, 4), (2, 3), (4, 5), (2, 5), (2, 5), (2, 4, 5), (4,), (2, 4), (4,)]
 SSD = [(2, 4, 3), (2, 4), (4,), (2, 2, 5), (2, 2, 5), (2, 4, 3, 5), (4, 3), (2, 4, 3), (4,)]
 CONV = [(2, 4), (2, 4, 2), (4, 3), (4,)]
@@ -111,11 +140,18 @@ STEPS = [
     (lambda *x: ssd_scan_step(*x, True), SSD),
     (lambda *x: causal_conv1d_step(*x, True), CONV),
 ]
+RESET = torch.tensor([[False, False, True, False], [False] * 4])
 
 
 @pytest.mark.parametrize(("step", "shapes"), STEPS, ids=["selective_scan", "ssd_scan", "causal_conv1d"])
 def test_gradients(step, shapes):
     assert torch.autograd.gradcheck(step, inputs(shapes))
+
+
+@pytest.mark.parametrize("reset", [None, RESET], ids=["whole", "packed"])
+def test_gradients_of_a_piece(reset):
+    given = inputs([(2, 4, 4), *CONV[1:]])
+    assert torch.autograd.gradcheck(lambda *x: causal_conv1d_run(*x, True, reset), given)
 
 
 @pytest.mark.parametrize(("step", "shapes"), STEPS, ids=["selective_scan", "ssd_scan", "causal_conv1d"])
