@@ -155,13 +155,13 @@ def test_s4d_amplifies_most_where_its_fastest_state_oscillates():
 @pytest.mark.parametrize("net", ["s4", "s5"])
 def test_a_spike_is_where_the_layer_answers_loudest(net):
     torch.manual_seed(0)
-    network = sequences.build_network(1, 2, net, 6, depth=1, d_state=16, dt_min=0.05, dt_max=0.05).double()
+    network = sequences.build_network(1, 2, net, 6, depth=1, d_state=16, dt_min=0.05, dt_max=0.05)
     layer = next(m for m in network.modules() if isinstance(m, S4Conv | S5))
     layer.D.data.zero_()
     layer.activation = torch.nn.Identity()  # of S4Conv
 
     def loudness(omega):
-        u = torch.cos(omega * torch.arange(400, dtype=torch.float64))[None, :, None] * network.embed.weight[:, 0]
+        u = torch.cos(omega * torch.arange(400))[None, :, None] * network.embed.weight[:, 0]
         return layer(u if net == "s5" else u.mT).square().sum()
 
     found = sequences.spike(network, 400)
