@@ -107,12 +107,12 @@ def draw_s4() -> Figure:
 
 
 def _draw_transfer(axes: Axes) -> None:
-    """|G(i omega)| of one random output of LegS: exact; without its low-rank part, also with B clipped; and perturbed."""
+    """|G(i omega)| of one random output of LegS: exact, without its low-rank part (with B clipped, too), perturbed."""
     heading(axes, "what diagonalization changes", f"|transfer_function|, {_STATES} states, the same C")
     A, B = hippo("legs", _STATES)
     C = torch.randn(_STATES, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(torch.complex128)
     W, _, clipped, V = nplr("legs", _STATES)
-    omega = torch.logspace(0, math.log10(2 * _STATES**2), 240, dtype=torch.float64)
+    omega = torch.logspace(0, math.log10(2 * _STATES**2), 120, dtype=torch.float64)
     omega = torch.cat([omega, W.imag.abs()]).sort().values  # spikes are narrower than the rest of the grid
     identity = torch.eye(_STATES, dtype=torch.complex128)
     exact = torch.linalg.solve(1j * omega[:, None, None] * identity - A, B.to(C)) @ C
