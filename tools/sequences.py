@@ -61,7 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--noise", type=float, default=0.0, metavar="X", help="Its norm over that of the sequence. Default: none."
     )
     group.add_argument(
-        "--noise-every", type=int, default=7, metavar="N", help="Every Nth Fourier mode is tried. Default: %(default)s."
+        "--noise-every",
+        type=int,
+        default=7,
+        metavar="N",
+        help="Every Nth Fourier mode is tried, and what the first layer of each trained row amplifies most. "
+        "Default: %(default)s.",
     )
     group.add_argument("--noise-count", type=int, default=500, metavar="N", help="Sequences that are scored so.")
     group = parser.add_argument_group("run", "Where results go.")

@@ -10,7 +10,7 @@ Letters: n state size, r rank, s = n / 2 states of which each stands for a conju
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -132,14 +132,15 @@ def hippo_low_rank(measure: str, n: int, rank: int = 1) -> Tensor:
     return torch.cat([P, P.new_zeros(rank - len(P), n)])
 
 
-def nplr(measure: str, n: int, rank: int = 1, clip: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def nplr(measure: str, n: int, rank: int = 1, B_clip: Optional[float] = 2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A = V (diag(W) - P^T P*) V^H, one of each conjugate pair of eigenvalues kept (S4, arXiv:2111.00396, theorem 1).
 
     Args:
         measure: One of `NPLR_MEASURES`.
         n: State size, even.
         rank: Rows of P.
-        clip: Keep the imaginary part of B within ±2, as the official initialization does.
+        B_clip: Largest imaginary part of B, as in the official initialization; None for B as it is. That of "legs" has
+            entries up to 0.64 n, in the states that oscillate fastest.
 
     Returns:
         W (s) with imaginary parts <= 0, ascending; P (rank, s), B (s) and V (n, s), complex128. The phases of V's
@@ -158,13 +159,13 @@ def nplr(measure: str, n: int, rank: int = 1, clip: bool = True) -> tuple[Tensor
         V[:2, -1] = torch.tensor([1, 1j], dtype=V.dtype) * math.sqrt(0.5)
     W = torch.complex(normal.diagonal().mean().expand(n // 2), imaginary)
     B, P = V.mH @ B.to(V), P.to(V) @ V.conj()
-    return W, P, torch.complex(B.real, B.imag.clamp(-2, 2)) if clip else B, V
+    return W, P, B if B_clip is None else torch.complex(B.real, B.imag.clamp(-B_clip, B_clip)), V
 
 
 DIAGONAL_INITS = ("lin", "inv", "inv2", "quad", "real", "random", *(m for m in NPLR_MEASURES if m != "legt"))
 
 
-def diagonal_init(init: str, n: int) -> tuple[Tensor, Tensor]:
+def diagonal_init(init: str, n: int, B_clip: Optional[float] = 2.0) -> tuple[Tensor, Tensor]:
     """Eigenvalues and input vector of S4D (arXiv:2206.11893, section 4).
 
     Args:
@@ -173,6 +174,7 @@ def diagonal_init(init: str, n: int) -> tuple[Tensor, Tensor]:
             `NPLR_MEASURES` ("legs", ...) whose low-rank correction is dropped, but "legt", all of whose damping is in
             its correction of rank 2. With or without "diag-" before it.
         n: State size, even.
+        B_clip: See `nplr`; for measures.
 
     Returns:
         A and B (s), complex128; each stands for a conjugate pair.
@@ -191,7 +193,7 @@ def diagonal_init(init: str, n: int) -> tuple[Tensor, Tensor]:
     if init not in DIAGONAL_INITS:
         raise ValueError(f"there is no initialization {init!r}; known: {', '.join(DIAGONAL_INITS)}")
     if init in _LOW_RANK:
-        W, _, B, _ = nplr(init, n)
+        W, _, B, _ = nplr(init, n, B_clip=B_clip)
         if W.real.max() > -1e-9:
             kept = "S4Kernel keeps it, and 'legs' or 'foud' fade without"
             warnings.warn(f"no state of {init!r} fades without its low-rank correction: {kept}", stacklevel=2)

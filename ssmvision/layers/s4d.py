@@ -41,6 +41,7 @@ class S4DKernel(nn.Module):
         real_transform: The same for minus the real part of A, which thereby stays negative.
         imag_transform: The same for minus the imaginary part of A.
         n_ssm: Copies of A and B, in turn for the channels; None for one per channel.
+        B_clip: Largest imaginary part of the initial B of a HiPPO measure, None for B as it is: see `hippo.nplr`.
         bandlimit: Drop states that oscillate above this fraction of the sampling rate; None to keep all.
         lr: Learning rate of dt, A and B; None for that of the other parameters.
         device: Device of the parameters.
@@ -61,6 +62,7 @@ class S4DKernel(nn.Module):
         real_transform: str = "exp",
         imag_transform: str = "none",
         n_ssm: Optional[int] = None,
+        B_clip: Optional[float] = 2.0,
         bandlimit: Optional[float] = None,
         lr: Optional[float] = 1e-3,
         device: Any = None,
@@ -73,7 +75,7 @@ class S4DKernel(nn.Module):
         dd = {"device": device, "dtype": dtype}
         copies, pairs = n_ssm or dim, d_state // 2
         self.dim, self.d_state, self.channels, self.init, self.disc = dim, d_state, channels, init, disc
-        self.dt_range, self.bandlimit, self.lr = (dt_min, dt_max), bandlimit, lr
+        self.dt_range, self.B_clip, self.bandlimit, self.lr = (dt_min, dt_max), B_clip, bandlimit, lr
         self.dt_transform, self.real_transform, self.imag_transform = dt_transform, real_transform, imag_transform
         self.inv_dt = nn.Parameter(torch.empty(dim, 1 if dt_tie else pairs, **dd))
         self.C = nn.Parameter(torch.empty(channels, dim, pairs, 2, **dd))
@@ -97,7 +99,7 @@ class S4DKernel(nn.Module):
 
     def _initial_system(self) -> tuple[Tensor, Tensor]:
         if self.init != "ptd":
-            return diagonal_init(self.init, self.d_state)
+            return diagonal_init(self.init, self.d_state, self.B_clip)
         system = ptd(self.d_state)
         # Random in the basis of the undiagonalized system: in that of the eigenvectors, states cancel each other.
         C = torch.randn(self.channels, self.dim, self.d_state, dtype=torch.float64).to(system.V) @ system.V

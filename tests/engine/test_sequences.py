@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import yaml
 
 from ssmvision.engine import sequences
 from ssmvision.engine.sequences import experiment
+from ssmvision.layers import S5, S4Conv
+from ssmvision.layers.hippo import diagonal_init
 from tools import sequences as tool
 
 ROOT = Path(__file__).parents[2]
@@ -120,11 +123,58 @@ def test_networks_of_either_rate_are_read_at_the_ends_of_chunks():
 
 def test_noise_is_one_oscillation_of_the_norm_that_is_asked_for():
     x = torch.randn(5, 784, 1)
-    wave = sequences.fourier_noise(x, 100, 0.1) - x
+    wave = sequences.fourier_noise(x, 2 * math.pi * 100 / 784, 0.1) - x
     torch.testing.assert_close(wave.norm(dim=1), 0.1 * x.norm(dim=1), rtol=1e-3, atol=0)
     spectrum = torch.fft.rfft(wave, dim=1).abs()[..., 0]
     assert spectrum.argmax(1).tolist() == [100] * 5
     assert spectrum[:, :100].max() < 1e-3 * spectrum[:, 100].min()
+
+
+def test_noise_may_lie_between_fourier_modes():
+    x = torch.randn(5, 784, 1, dtype=torch.float64)
+    wave = (sequences.fourier_noise(x, 0.977, 0.1) - x)[..., 0]
+    torch.testing.assert_close(wave.norm(dim=1), 0.1 * x[..., 0].norm(dim=1))
+    # A sine is what its neighbours say: u_{t-1} + u_{t+1} = 2 cos(omega) u_t.
+    torch.testing.assert_close(
+        wave[:, :-2] + wave[:, 2:], 2 * math.cos(0.977) * wave[:, 1:-1], rtol=0, atol=1e-4 * wave.abs().max().item()
+    )
+
+
+def test_s4d_amplifies_most_where_its_fastest_state_oscillates():
+    def network(**args):
+        torch.manual_seed(0)
+        shared = {"mode": "s4d", "d_state": 32, "dt_min": 3e-3, "dt_max": 3e-3}
+        return sequences.build_network(1, 2, "s4", 8, depth=1, **shared, **args)
+
+    fastest = diagonal_init("legs", 32)[0].imag.abs().max().item()
+    assert sequences.spike(network(B_clip=None), 784) == pytest.approx(3e-3 * fastest, abs=1e-3)
+    assert sequences.spike(network(), 784) < 0.5
+    assert sequences.spike(network(init="ptd"), 784) < 0.1
+
+
+@pytest.mark.parametrize("net", ["s4", "s5"])
+def test_a_spike_is_where_the_layer_answers_loudest(net):
+    torch.manual_seed(0)
+    network = sequences.build_network(1, 2, net, 6, depth=1, d_state=16, dt_min=0.05, dt_max=0.05)
+    layer = next(m for m in network.modules() if isinstance(m, S4Conv | S5))
+    layer.D.data.zero_()
+    layer.activation = torch.nn.Identity()  # of S4Conv
+
+    def loudness(omega):
+        u = torch.cos(omega * torch.arange(400))[None, :, None] * network.embed.weight[:, 0]
+        return layer(u if net == "s5" else u.mT).square().sum()
+
+    found = sequences.spike(network, 400)
+    others = [loudness(omega) for omega in torch.linspace(2 * math.pi / 400, 3.1, 60)]
+    assert loudness(found) > 0.95 * max(others)
+    assert loudness(found) > 2 * sum(others) / 60
+
+
+def test_a_hierarchy_has_the_spike_of_its_lower_level_and_mamba_has_none():
+    low = {"net": "s4", "mode": "s4d", "depth": 1, "d_state": 16}
+    hierarchy = sequences.build_network(1, 2, "hiss", 6, ratio=5, low=low, high={"net": "mamba", "depth": 1})
+    assert sequences.spike(hierarchy, 100) == sequences.spike(hierarchy.low_level, 100)
+    assert sequences.spike(sequences.build_network(1, 2, "mamba", 6, depth=1), 100) is None
 
 
 def test_a_row_is_judged_at_its_best_learning_rate():
@@ -134,12 +184,20 @@ def test_a_row_is_judged_at_its_best_learning_rate():
     runs = [("a", 0.1, 70.0), ("a", 0.2, 80.0), ("b", 0.1, 60.0), ("b", 0.2, 50.0)]
     ends = {"epoch": 1, "train_loss": 1.0, "seconds": 2.0}
     lines = [line(row, lr, seed, score + seed, **ends) for seed in (0, 1) for row, lr, score in runs]
-    noise = [line(*key, 0, score, mode=m) for *key, by in (("a", 0.2, (80, 50, 70)), ("b", 0.1, (60, 59, 58)))
-             for m, score in zip((0, 3, 6), by, strict=True)]  # fmt: skip
+    noise = [line(row, lr, seed, score, omega=omega) for row, lr, seed, by in (
+                 ("a", 0.2, 0, (80, 50, 70)), ("a", 0.1, 0, (70, 60, 50)), ("b", 0.1, 0, (60, 59, 58)),
+                 ("a", 0.2, 1, (81, 71, 61)), ("a", 0.1, 1, (71, 61, 51)), ("b", 0.1, 1, (61, 55, 59)),
+             ) for omega, score in zip((0, 0.3, 0.6), by, strict=True)]  # fmt: skip
     assert sequences.table(lines, noise, "accuracy").splitlines()[2:] == [
-        "| a | 7 | 0.2 | 80.5 | 80, 81 | 4 | 80 | 50 (mode 3) | 30 | 50 (mode 3) | 30 |",
-        "| b | 7 | 0.1 | 60.5 | 60, 61 | 4 | 60 | 58 (mode 6) | 2 | 59 (mode 3) | 1 |",
+        f"| a | 7 | 0.2 | 80.5 | 80, 81 | 4 | 80.5 |{' 55.5 (at 0.3, 0.6) | 25 (30, 20) |' * 2}",
+        "| b | 7 | 0.1 | 60.5 | 60, 61 | 4 | 60.5 | 56.5 (at 0.6, 0.3) | 4 (2, 6) | 58.5 (at 0.6, 0.6) | 2 (2, 2) |",
     ]
+    once = [line for line in noise if line["seed"] == 0]
+    assert (
+        sequences.table(lines, once, "accuracy")
+        .splitlines()[2]
+        .endswith("| 80 | 50 (at 0.3) | 30 | 50 (at 0.3) | 30 |")
+    )
     assert "| a | 7 | 0.1 | 70.5 | 70, 71 | 4 |" in sequences.table(lines, [], "mse")
 
 

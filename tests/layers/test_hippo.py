@@ -40,7 +40,7 @@ def test_correction_makes_normal(measure):
 @pytest.mark.parametrize("measure", ["legs", "legt", "fourier", "fourier_decay"])
 def test_normal_form_is_the_same_system(measure):
     A, B = hippo(measure, 12)
-    W, P, b, V = nplr(measure, 12, rank=2, clip=False)
+    W, P, b, V = nplr(measure, 12, rank=2, B_clip=None)
     full = torch.cat([V, V.conj()], -1)
     correction = torch.cat([P, P.conj()], -1)
     diagonal = torch.diag(torch.cat([W, W.conj()])) - correction.T @ correction.conj()
@@ -111,7 +111,7 @@ def test_ptd_balances_inputs_and_outputs(n):
 def test_dropping_the_correction_is_not_near():
     n = 32
     A, B = hippo("legs", n)
-    W, b = nplr("legs", n, clip=False)[0::2]
+    W, b = nplr("legs", n, B_clip=None)[0::2]
     V = nplr("legs", n)[3]
     omega = torch.linspace(0, 2 * n * n, 300, dtype=torch.float64)
     C = torch.randn(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(torch.complex128)
@@ -119,6 +119,17 @@ def test_dropping_the_correction_is_not_near():
     CB = (C @ V) * b / 2
     error = transfer_function(torch.cat([W, W.conj()]), torch.cat([CB, CB.conj()], -1), omega) - wanted
     assert (error.abs().amax(-1) / wanted.abs().amax(-1)).max() > 0.5
+
+
+def test_the_clip_of_B_hides_the_spike():
+    def gain(omega, **args):
+        A, B = diagonal_init("legs", 64, **args)
+        return transfer_function(torch.cat([A, A.conj()]), torch.cat([B, B.conj()]).abs(), torch.tensor([omega])).abs()
+
+    fastest = diagonal_init("legs", 64)[0].imag.abs().max().item()
+    assert gain(fastest, B_clip=None) > 75
+    assert gain(fastest) < 6
+    assert diagonal_init("legs", 64, B_clip=0.5)[1].imag.abs().max() == 0.5
 
 
 def test_step_sizes_are_log_uniform():

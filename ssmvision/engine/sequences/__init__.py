@@ -2,9 +2,11 @@
 
 from .experiment import compare
 from .networks import build_network
+from .noise import fourier_noise, spike
 from .report import table
-from .tasks import Classification, Regression, Task, drift, fourier_noise, pixels
+from .tasks import Classification, Regression, Task, drift, pixels
 
 __all__ = [
-    "Classification", "Regression", "Task", "build_network", "compare", "drift", "fourier_noise", "pixels", "table",
+    "Classification", "Regression", "Task", "build_network", "compare", "drift", "fourier_noise", "pixels",
+    "spike", "table",
 ]  # fmt: skip

@@ -26,8 +26,9 @@ from ssmvision.engine.parameter_groups import separate_own_groups
 from ssmvision.engine.run_folder import RunFolder
 
 from .networks import build_network
+from .noise import fourier_noise, spike
 from .report import draw, table
-from .tasks import TASKS, Task, fourier_noise
+from .tasks import TASKS, Task
 
 Line = dict[str, Any]
 
@@ -64,15 +65,16 @@ def _run_all(
     noise_lines: list[Line] = []
     for seed in args.seeds:
         for lr in args.lr:
+            nets: dict[str, nn.Module] = {}
             for row, build in builders.items():
                 random_seed(seed)
-                net = build()
+                nets[row] = net = build()
                 run = {"row": row, "lr": lr, "seed": seed, "parameters": sum(p.numel() for p in net.parameters())}
                 for epoch in _train(net, task, args, lr, seed):
                     _keep({**run, **epoch}, lines, path / "results.csv")
-                for line in _under_noise(net, task, args) if args.noise else ():
-                    _keep({**run, **line}, noise_lines, path / "noise.csv")
                 print(f"{row}, lr {lr:g}, seed {seed}: {task.metric} {lines[-1]['score']:.4g}", flush=True)
+            for line in _under_noise(nets, task, args) if args.noise else ():
+                _keep({"lr": lr, "seed": seed, **line}, noise_lines, path / "noise.csv")
     return lines, noise_lines
 
 
@@ -144,12 +146,17 @@ def _score(net: nn.Module, task: Task, x: Tensor, y: Tensor, batch_size: int) ->
     return task.score(torch.cat(answers), y)
 
 
-def _under_noise(net: nn.Module, task: Task, args: Namespace) -> Iterator[Line]:
-    """The score on the first sequences of `task.val`: at mode 0 as they are, at others with an oscillation added."""
+def _under_noise(nets: dict[str, nn.Module], task: Task, args: Namespace) -> Iterator[Line]:
+    """The score of each on the first sequences of `task.val`: at omega 0 as they are, at others with an oscillation."""
     x, y = (part[: args.noise_count] for part in task.val)
-    yield {"mode": 0, "score": _score(net, task, x, y, args.batch_size)}
-    for mode in range(args.noise_every, x.shape[1] // 2 + 1, args.noise_every):
-        yield {"mode": mode, "score": _score(net, task, fourier_noise(x, mode, args.noise), y, args.batch_size)}
+    length = x.shape[1]
+    modes = [2 * math.pi * mode / length for mode in range(1, length // 2 + 1, args.noise_every)]
+    spikes = [omega for net in nets.values() if (omega := spike(net, length))]
+    omegas = sorted({round(omega, 5) for omega in [*modes, *spikes]})
+    for row, net in nets.items():
+        for omega in [0.0, *omegas]:
+            noisy = fourier_noise(x, omega, args.noise) if omega else x
+            yield {"row": row, "omega": omega, "score": _score(net, task, noisy, y, args.batch_size)}
 
 
 def _keep(line: Line, lines: list[Line], path: Path) -> None:

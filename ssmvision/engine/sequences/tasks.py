@@ -188,19 +188,4 @@ def _motion(
     return path[:, 1:], path.diff(dim=1)
 
 
-def fourier_noise(x: Tensor, mode: int, level: float, seed: int = 0) -> Tensor:
-    """Sequences (n, l, 1) and one oscillation each, of `level` times their norm, with random phase.
-
-    Args:
-        x: The sequences.
-        mode: Oscillations over the whole sequence, up to l / 2.
-        level: Root mean square of the oscillation over that of its sequence.
-        seed: Of the phases.
-    """
-    phase = 2 * math.pi * torch.rand(len(x), 1, 1, generator=torch.Generator().manual_seed(seed))
-    time = torch.arange(x.shape[1])[:, None] / x.shape[1]
-    wave = math.sqrt(2) * torch.sin(2 * math.pi * mode * time + phase)
-    return x + level * x.square().mean(1, keepdim=True).sqrt() * wave
-
-
 TASKS: dict[str, Any] = {"pixels": pixels, "drift": drift}

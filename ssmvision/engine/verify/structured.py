@@ -54,7 +54,7 @@ def _nplr_forms(case: Case, n: int) -> Tensors:
         measure = measure.partition(".")[0]
         if kind != "nplr" or not name.endswith(f"N{n}.absP"):
             continue
-        W, ours, B, V = nplr(measure, n, len(P), clip=False)
+        W, ours, B, V = nplr(measure, n, len(P), B_clip=None)
         forms = {"W": _pairs(W), "absP": ours.abs(), "absB_unclipped": B.abs()}
         forms["PPstar_diag"] = ours.abs().square().sum(0)
         forms["normal_part_2Re_VWVh"] = 2 * ((V * W) @ V.mH).real

@@ -107,19 +107,21 @@ def draw_s4() -> Figure:
 
 
 def _draw_transfer(axes: Axes) -> None:
-    """|G(i omega)| of one random output of LegS: exact, without its low-rank part, and perturbed."""
+    """|G(i omega)| of one random output of LegS: exact, without its low-rank part (with B clipped, too), perturbed."""
     heading(axes, "what diagonalization changes", f"|transfer_function|, {_STATES} states, the same C")
     A, B = hippo("legs", _STATES)
     C = torch.randn(_STATES, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(torch.complex128)
-    omega = torch.logspace(0, math.log10(2 * _STATES**2), 240, dtype=torch.float64)
+    W, _, clipped, V = nplr("legs", _STATES)
+    omega = torch.logspace(0, math.log10(2 * _STATES**2), 120, dtype=torch.float64)
+    omega = torch.cat([omega, W.imag.abs()]).sort().values  # spikes are narrower than the rest of the grid
     identity = torch.eye(_STATES, dtype=torch.complex128)
     exact = torch.linalg.solve(1j * omega[:, None, None] * identity - A, B.to(C)) @ C
-    W, _, _, V = nplr("legs", _STATES)
     # Half of B, as in hippo("legsd"): that approximates LegS once its low-rank part is gone.
     curves = {"S4D, LegS": _paired(W, (C @ V) * (V.mH @ B.to(V)) / 2, omega)}
+    curves["S4D, B clipped"] = _paired(W, (C @ V) * clipped / 2, omega)
     system: PTD = ptd(_STATES)
     curves["PTD"] = _paired(system.Lambda, (C @ system.V) * (system.V_inv @ B.to(C)), omega)
-    for color, (name, G) in zip((LINES[1], LINES[2]), curves.items(), strict=True):
+    for color, (name, G) in zip((LINES[1], LINES[3], LINES[2]), curves.items(), strict=True):
         axes.loglog(omega.numpy(), G.abs().numpy(), color=color, linewidth=1.1, label=name)
     axes.loglog(omega.numpy(), exact.abs().numpy(), color=INK, linewidth=1.1, linestyle=":", label="LegS itself")
     axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
