@@ -24,6 +24,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+    "elu": F.elu,
 }
 
 
@@ -113,7 +114,7 @@ class ConvS5(nn.Module):
         C_kernel_size: Side of C.
         D_kernel_size: Side of the convolutions of the feedthrough.
         feedthrough: "resnet", "standard" or "half_glu".
-        activation: "gelu" (its tanh form), "relu" or "silu", in the feedthrough.
+        activation: "gelu" (its tanh form), "relu", "silu" or "elu", in the feedthrough.
         num_groups: Groups of the feedthrough's norms.
         clip_eigs: Keep real parts of eigenvalues at or below -1e-4, which no training can then make unstable.
         dt_min: Smallest initial time step, in frames.

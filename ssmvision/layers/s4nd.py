@@ -6,6 +6,7 @@ The kernel of a grid is the outer product of one kernel per axis. A layer is mad
 Letters: b batch, c outputs per channel, d channels, r rank, l places along one axis.
 """
 
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -32,7 +33,7 @@ class S4ND(nn.Module):
         activation: Before the map; one of `s4.ACTIVATIONS`, or None.
         final_act: After the map, as in `S4Block`.
         out_chans: Channels of the output; None for `dim`.
-        l_max: Longest kernel along every axis; None for the extent of the grid.
+        l_max: Longest kernel along every axis, or along each; None for the extent of the grid.
         mode: "dplr" for `S4Kernel`, "s4d" or "diag" for `S4DKernel`.
         transposed: The grid is (b, dim, ...), else (b, ..., dim).
         dropout: Rate after the activation; whole channels.
@@ -53,7 +54,7 @@ class S4ND(nn.Module):
         activation: Optional[str] = "gelu",
         final_act: Optional[str] = "glu",
         out_chans: Optional[int] = None,
-        l_max: Optional[int] = None,
+        l_max: Union[int, Sequence[int], None] = None,
         mode: str = "dplr",
         transposed: bool = True,
         dropout: float = 0.0,
@@ -66,7 +67,10 @@ class S4ND(nn.Module):
             raise ValueError(f"mode {mode!r} is not 'dplr', 's4d' or 'diag'")
         dd = {name: kernel.get(name) for name in ("device", "dtype")}
         self.spatial_dims, self.channels, self.bidirectional, self.trank = spatial_dims, channels, bidirectional, trank
-        self.l_max, self.transposed = l_max, transposed
+        self.l_max = tuple(l_max) if isinstance(l_max, Sequence) else (l_max,) * spatial_dims
+        if len(self.l_max) != spatial_dims:
+            raise ValueError(f"l_max {self.l_max} is not one length for each of {spatial_dims} axes")
+        self.transposed = transposed
         self.D = nn.Parameter(torch.empty(channels, dim, **dd))
         make = S4Kernel if mode == "dplr" else S4DKernel
         outputs = channels * trank * (1 + bidirectional)
@@ -125,7 +129,8 @@ class S4ND(nn.Module):
 
     def _kernel(self, axis: int, extent: int, rate: float) -> Tensor:
         """(r, c, d, l) around a circle: backwards from its end if `bidirectional`."""
-        length = extent if self.l_max is None else min(extent, round(self.l_max / rate))
+        longest = self.l_max[axis]
+        length = extent if longest is None else min(extent, round(longest / rate))
         kernel, _ = self.kernel[axis](length, rate)
         kernel = F.pad(kernel.unflatten(0, (-1, self.trank, self.channels)), (0, extent))
         if not self.bidirectional:

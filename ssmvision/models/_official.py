@@ -7,6 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# Official arguments that change no result: what acts in training alone, what initializes, what computes the same.
+WITHOUT_EFFECT = (
+    "attn_drop_rate", "device", "drop_path_rate", "drop_rate", "dtype", "fused_add_norm", "img_size", "imgsize",
+    "initializer_cfg", "mlp_drop_rate", "residual_in_fp32", "ssm_drop_rate", "ssm_init", "use_checkpoint",
+)  # fmt: skip
+
 Read = Callable[[tuple[Any, ...], Any], Tensor]
 
 
@@ -46,12 +52,14 @@ class OfficialModel:
         model: The model.
         taps: Gives the tensors of an official module by its name.
         inputs: Tensors that a case may have for the model to take after its inputs, by name.
+        without_effect: Official arguments of the family that change no result, beside those of `WITHOUT_EFFECT`.
         variants: Further outputs that a case may have, by name, and the change to the model that gives them.
     """
 
     model: nn.Module
     taps: Callable[[str], list[Tap]]
     inputs: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = ()
     variants: Mapping[str, Callable[[nn.Module], None]] = field(default_factory=dict)
 
 

@@ -457,6 +457,13 @@ def _rearranged(path: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value.reshape(shape) if value.numel() == shape.numel() else value
 
 
+# What the official configuration says of training, and sizes that the video has anyway.
+WITHOUT_EFFECT = (
+    "batch_size", "image_size", "latent_height", "latent_width", "loss_weight", "lr", "lr_schedule", "total_steps",
+    "warmup_steps", "weight_decay",
+)  # fmt: skip
+
+
 def from_official(official_class: str, kwargs: Mapping[str, Any]) -> VideoPredictor | ConvS5:
     """Build from the configuration of the official models, or the arguments of the official layer.
 
@@ -467,7 +474,8 @@ def from_official(official_class: str, kwargs: Mapping[str, Any]) -> VideoPredic
         return ConvS5(kwargs["U"], **_official_ssm(kwargs, kwargs))
     model, _, codes = official_class.partition("_")
     if model not in _OFFICIAL or codes not in ("", "NOVQ"):
-        raise ValueError(f"there is no official class {official_class!r} here; known: {', '.join(_OFFICIAL)}")
+        known = ", ".join((*_OFFICIAL, "ConvS5SSM"))
+        raise ValueError(f"there is no official class {official_class!r} here; known: {known}")
     codec = {
         "in_channels": kwargs.get("channels", 1),
         "action_dim": kwargs.get("action_dim", 1) if kwargs.get("use_actions") else 1,
@@ -510,12 +518,13 @@ _OFFICIAL: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], VideoPredi
 
 def _official_ssm(ssm: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(layer, "squeeze_excite")
+    activation = layer.get("activation", layer.get("layer_activation", "gelu"))
     kernels = {f"{name}_kernel_size": ssm.get(f"k_{name}", ssm.get(f"{name}_kernel_size", 3)) for name in "BCD"}
     return kernels | {
         "ssm_size": ssm["ssm_size"],
         "ssm_blocks": ssm.get("blocks", 1),
         "feedthrough": ssm.get("C_D_config", "resnet"),
-        "activation": layer.get("activation", layer.get("layer_activation", "gelu")),
+        "activation": {"swish": "silu"}.get(activation, activation),
         "num_groups": layer.get("num_groups", 32),
         "clip_eigs": ssm.get("clip_eigs", False),
         "dt_min": ssm.get("dt_min", 0.001),

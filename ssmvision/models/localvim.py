@@ -170,10 +170,12 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         "flip_img_sequences_ratio": (-1.0,),
     }  # fmt: skip
     rope, cls = kwargs.get("if_rope", False), kwargs.get("if_cls_token", False)
-    if rope:
-        understood["if_rope_residual"] = (True,)
-    understood |= {"use_middle_cls_token": (True,)} if cls else {"final_pool_type": ("mean", "max")}
-    refuse_unpublished("LocalVim", {"if_rope_residual": False, "use_middle_cls_token": False} | kwargs, understood)
+    if not cls:
+        understood["final_pool_type"] = ("mean", "max")
+    refuse_unpublished("LocalVim", kwargs, understood)
+    for name, needed in (("if_rope_residual", rope), ("use_middle_cls_token", cls)):
+        if needed and not kwargs.get(name, False):
+            raise ValueError(f"LocalVim without {name} was never published and is not built here")
     if kwargs.get("directions") is None:
         raise ValueError("LocalVim with directions=None is the network that the search trains, not built here")
     model = LocalVim(
@@ -193,7 +195,8 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         rope_span=kwargs.get("pt_hw_seq_len", 14),
         rms_norm=kwargs.get("rms_norm", False),
     )
-    return OfficialModel(model, block_taps)
+    without_effect = ("final_pool_type", "ft_seq_len", "if_rope_residual", "use_middle_cls_token")
+    return OfficialModel(model, block_taps, without_effect=without_effect)
 
 
 # What the search found for the blocks of the tiny model.

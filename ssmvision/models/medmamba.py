@@ -138,7 +138,7 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
             return [Tap(f"{tap.module}.op")]
         return [Tap(f"{tap.module}.conv{part}")] if name.count("conv33") else [tap]
 
-    return OfficialModel(model, taps)
+    return OfficialModel(model, taps, without_effect=("depths_decoder", "dims_decoder"))
 
 
 _SOURCE = "https://github.com/YubiaoYue/MedMamba"

@@ -144,7 +144,8 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         mlp_ratio=2.0 if conv_mlp else kwargs.get("mlp_ratio", 0.0),
         conv_mlp=conv_mlp,
     )
-    return OfficialModel(model, pyramid_taps("MSVMamba", len(depths), nhwc, as_is))
+    taps = pyramid_taps("MSVMamba", len(depths), nhwc, as_is)
+    return OfficialModel(model, taps, without_effect=("ffn_dropout",))
 
 
 _SOURCE = "https://github.com/YuHengsss/MSVMamba"

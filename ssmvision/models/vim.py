@@ -139,7 +139,8 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         merge="mean" if kwargs.get("if_divide_out", False) else "sum",
         rms_norm=kwargs.get("rms_norm", False),
     )
-    return OfficialModel(model, block_taps)
+    without_effect = ("final_pool_type", "ft_seq_len", "if_rope_residual", "pt_hw_seq_len", "use_middle_cls_token")
+    return OfficialModel(model, block_taps, without_effect=without_effect)
 
 
 _SOURCE = "https://github.com/hustvl/Vim"

@@ -4,6 +4,7 @@ Paper: `VSSD: Vision Mamba with Non-Causal State Space Duality` - https://arxiv.
 Official code and weights (no licence stated): https://github.com/YuHengsss/VSSD
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Dict, Sequence, Union
 
@@ -127,7 +128,7 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
         expand=kwargs.get("ssd_expansion", 2),
         mlp_ratio=kwargs.get("mlp_ratio", 4.0),
     )
-    return official_model(model, len(depths), as_tokens=True)
+    return replace(official_model(model, len(depths), as_tokens=True), without_effect=("ssd_chunk_size",))
 
 
 _SOURCE = "https://github.com/YuHengsss/VSSD"

@@ -311,7 +311,7 @@ def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialMod
         in_channels=kwargs.get("in_chans", 3), out_channels=kwargs.get("out_chans", 1),
         clip_depths=kwargs.get("mamba_depths", (2, 2, 2, 2)), edge=kwargs.get("with_edge", False), **arguments,
     )  # fmt: skip
-    return OfficialModel(_FramesFirst(model), lambda name: [_tap(name)])
+    return OfficialModel(_FramesFirst(model), lambda name: [_tap(name)], without_effect=("feat_size",))
 
 
 def _tap(name: str) -> Tap:

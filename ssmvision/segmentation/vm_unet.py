@@ -318,7 +318,7 @@ def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialMod
             mid_channel=kwargs.get("mid_channel", 48), dims=kwargs.get("dims"), half_head=half,
             sigmoid=half or one_class, **shared,
         )  # fmt: skip
-        return OfficialModel(v2, lambda name: [_tap_v2(v2, name)])
+        return OfficialModel(v2, lambda name: [_tap_v2(v2, name)], without_effect=("depths_decoder",))
     dims = kwargs.get("dims", (96, 192, 384, 768))
     if list(kwargs.get("dims_decoder", dims[::-1])) != list(dims[::-1]):
         raise ValueError(f"dims_decoder must mirror dims, {list(dims[::-1])}, not be {kwargs['dims_decoder']}")

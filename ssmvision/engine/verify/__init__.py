@@ -23,7 +23,7 @@ from ssmvision.engine.verify.spacetime import CHECKS as SPACETIME
 from ssmvision.engine.verify.structured import CHECKS as STRUCTURED
 from ssmvision.engine.verify.video import CHECKS as VIDEO
 
-# What is no whole network, by family: what we compute and what the official code computed, tensors by name.
+# What is no whole network, by family.
 CHECKS = {**OPERATORS, **STRUCTURED, **S5, **SPACETIME, **MAMBA_LAYERS, **VIDEO}
 
 __all__ = ["Verification", "verify_case"]
@@ -41,8 +41,10 @@ def verify_case(folder: Path) -> Verification:
     case = read_case(folder)
     if case.family not in CHECKS:
         return verify_network(case)
+    check = CHECKS[case.family]
     try:
-        found, wanted = CHECKS[case.family](case)
+        found, wanted = check.compute(case)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         return Verification(case.name, {}, f"cannot be built: {error}")
-    return compare(case.name, found, wanted, case.meta)
+    result = compare(case.name, found, wanted, case.meta)
+    return result.unless(case.overlooked(wanted, check.given))

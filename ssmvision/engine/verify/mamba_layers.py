@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.engine.verify.modules import Tensors, check_module, renamed, within
+from ssmvision.engine.verify.modules import Check, Tensors, check_module, renamed, within
 from ssmvision.layers import (
     FSCILNeck,
     Hierarchical,
@@ -39,6 +39,7 @@ _MAMBA3_ARGUMENTS = {
     "K_bias": "k_bias", "D": "D", "Z": "z",
 }  # fmt: skip
 _MAMBA3_RESULTS = ("out", "final_Angle", "final_SSM", "final_K", "final_V")
+_MAMBA3_SIZES = {"D", "H", "Hq", "L", "N", "P", "S", "Z", "b", "init"}
 
 
 def _arguments(kwargs: dict[str, Any], names: dict[str, str], ignored: Iterable[str] = ()) -> dict[str, Any]:
@@ -64,18 +65,18 @@ def _packed(case: Case) -> Tensors:
 
 
 def _mamba1(case: Case) -> tuple[Tensors, Tensors]:
-    kwargs = _arguments(case.meta["kwargs"], {"d_model": "dim"})
+    kwargs = _arguments(case.kwargs, {"d_model": "dim"})
     if kwargs.get("dt_rank") == "auto":
         del kwargs["dt_rank"]
     return check_module(case, Mamba(**kwargs), **_packed(case))
 
 
 def _mamba2(case: Case) -> tuple[Tensors, Tensors]:
-    return check_module(case, Mamba2(**_arguments(case.meta["kwargs"], {"d_model": "dim"})), **_packed(case))
+    return check_module(case, Mamba2(**_arguments(case.kwargs, {"d_model": "dim"})), **_packed(case))
 
 
 def _hydra(case: Case) -> tuple[Tensors, Tensors]:
-    return check_module(case, Hydra(**_arguments(case.meta["kwargs"], {"d_model": "dim"}, ignored=["activation"])))
+    return check_module(case, Hydra(**_arguments(case.kwargs, {"d_model": "dim"}, ignored=["activation"])))
 
 
 class _SMamba(nn.Module):
@@ -84,9 +85,12 @@ class _SMamba(nn.Module):
     def __init__(self, kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.use_norm, d = kwargs.get("use_norm", True), kwargs["d_model"]
-        act_layer = nn.ReLU if kwargs.get("activation") == "relu" else nn.GELU
+        activations = {"relu": nn.ReLU, "gelu": nn.GELU}
+        if (activation := kwargs.get("activation", "gelu")) not in activations:
+            raise ValueError(f"activation must be one of {', '.join(activations)}, not {activation!r}")
+        options = {name: kwargs[name] for name in ("d_ff", "d_conv", "expand") if name in kwargs}
         layers = [
-            SMambaLayer(d, kwargs["d_state"], kwargs.get("d_ff"), act_layer=act_layer)
+            SMambaLayer(d, kwargs["d_state"], act_layer=activations[activation], **options)
             for _ in range(kwargs["e_layers"])
         ]
         self.value_embedding = nn.Linear(kwargs["seq_len"], d)
@@ -114,7 +118,8 @@ def _smamba(case: Case) -> tuple[Tensors, Tensors]:
         dead = parts[:2] == ["encoder", "attn_layers"] and parts[3] in ("man", "man2", "a")
         return None if dead else key.removeprefix("encoder.").removeprefix("enc_embedding.")
 
-    model = _SMamba(case.meta["kwargs"])
+    case.kwargs.ignore(("class_strategy", "dropout", "embed", "freq", "output_attention"))
+    model = _SMamba(case.kwargs)
     marks = [case.tensors[name] for name in ("x_mark_enc", "x_mark", "input.1") if name in case.tensors]
     found, wanted = check_module(_under_our_names(case, rename), model, **({"marks": marks[0]} if marks else {}))
     for i, layer in enumerate(model.attn_layers):  # each layer alone, on an input of its own
@@ -129,6 +134,7 @@ def _net(level: dict[str, Any]) -> nn.Module:
     kind = level["type"].removesuffix("Model").removesuffix("Net")
     options = {k: v for k, v in level.items() if k not in ("type", "model_dim", "input_dim", "output_dim", "nlayers")}
     if kind == "Mamba":
+        options.pop("dropout", None)  # acts in training alone
         return MambaStack(level["model_dim"], level["nlayers"], **options)
     if kind == "S4":
         return S4Stack(level["model_dim"], level["nlayers"], **options)
@@ -136,7 +142,7 @@ def _net(level: dict[str, Any]) -> nn.Module:
 
 
 def _hiss(case: Case) -> tuple[Tensors, Tensors]:
-    kwargs = case.meta["kwargs"]
+    kwargs = case.kwargs
     low, high, between = kwargs["ll"], kwargs["hl"], kwargs["model_dim"]
     low_level = Level(_net(low), low["model_dim"], kwargs["input_dim"], low["output_dim"])
     high_level = Level(_net(high), high["model_dim"], out_dim=kwargs["output_dim"])
@@ -169,8 +175,8 @@ def _fscil(case: Case) -> tuple[Tensors, Tensors]:
     def rename(key: str) -> str | None:
         return key.replace("residual_proj.proj.", "residual_proj.")
 
-    losses = [name for name in case.meta["kwargs"] if name.startswith(("loss_weight", "param_avg"))]
-    module = FSCILNeck(**_arguments(case.meta["kwargs"], {"d_rank": "dt_rank"}, ignored=losses))
+    losses = [name for name in case.kwargs if name.startswith(("loss_weight", "param_avg"))]
+    module = FSCILNeck(**_arguments(case.kwargs, {"d_rank": "dt_rank"}, ignored=losses))
     results: list[NeckOutput] = []
 
     def features_alone(_: nn.Module, __: Any, result: NeckOutput) -> Tensor:
@@ -193,14 +199,14 @@ def _fscil_losses(result: NeckOutput, case: Case) -> Tensors:
     named = {name: getattr(result.base, name) for name in ("dts", "Bs", "Cs")}
     if result.novel is not None:
         named |= {f"{name}_new": getattr(result.novel, name) for name in ("dts", "Bs", "Cs")}
-    dims = tuple(int(dim) for dim in case.meta["kwargs"].get("param_avg_dim", "0-1-3").split("-"))
+    dims = tuple(int(dim) for dim in case.kwargs.get("param_avg_dim", "0-1-3").split("-"))
     found = named | {f"sep_loss.{name}": separation_loss(x, novel, dims)[None] for name, x in named.items()}
     base, new = suppression_loss(result.main, novel)
     return found | {"supp_base": base[None], "supp_novel": new[None]}
 
 
 def _motion_mamba(case: Case) -> tuple[Tensors, Tensors]:
-    model = MotionMambaUNet(**case.meta["kwargs"])
+    model = MotionMambaUNet(**case.kwargs)
     found, wanted = check_module(case, model)
     x = case.tensors["input"].detach()
     for i, block in enumerate(model.enc):
@@ -212,7 +218,7 @@ def _motion_mamba(case: Case) -> tuple[Tensors, Tensors]:
 
 
 def _mamba3(case: Case) -> tuple[Tensors, Tensors]:
-    results = [_mamba3_scan(name, case) for name in case.meta["kwargs"]]
+    results = [_mamba3_scan(name, case) for name, _ in case.calls(_MAMBA3_SIZES)]
     return {k: x for found, _ in results for k, x in found.items()}, {k: x for _, w in results for k, x in w.items()}
 
 
@@ -228,18 +234,18 @@ def _mamba3_scan(name: str, case: Case) -> tuple[Tensors, Tensors]:
     y.backward(tensors["grad_out"])
     found = {f"output.{name}.{part}": x.detach() for part, x in zip(_MAMBA3_RESULTS, (y, *last), strict=True)}
     wanted = {f"output.{name}.{part}": tensors[part] for part in _MAMBA3_RESULTS if part in tensors}
-    found |= {f"grad.{name}.{key}": x.grad for key, x in leaves.items() if x.grad is not None}
-    return found, wanted | {f"grad.{name}.{key}": tensors[f"grad.{key}"] for key in leaves}
+    found |= {f"grad.{name}.grad.{key}": x.grad for key, x in leaves.items() if x.grad is not None}
+    return found, wanted | {f"grad.{name}.grad.{key}": tensors[f"grad.{key}"] for key in leaves}
 
 
 # By the families' names, as `Case.family` gives them.
-CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
-    "mamba3siso": _mamba3,
-    "motionmamba": _motion_mamba,
-    "mambafscil": _fscil,
-    "hiss": _hiss,
-    "smamba": _smamba,
-    "hydra": _hydra,
-    "mamba1": _mamba1,
-    "mamba2": _mamba2,
+CHECKS: dict[str, Check] = {
+    "mamba3siso": Check(_mamba3, rf"\w+\.({'|'.join(_MAMBA3_ARGUMENTS)}|init_\w+|grad_out)"),
+    "motionmamba": Check(_motion_mamba),
+    "mambafscil": Check(_fscil),
+    "hiss": Check(_hiss),
+    "smamba": Check(_smamba, r"input(\.1)?|x_mark(_enc)?|layer\d+\.input"),
+    "hydra": Check(_hydra),
+    "mamba1": Check(_mamba1, "input|seq_idx"),
+    "mamba2": Check(_mamba2, "input|seq_idx"),
 }

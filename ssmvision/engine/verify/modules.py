@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,9 +11,26 @@ from torch import Tensor, nn
 from ssmvision.engine.verify.case import Case
 from ssmvision.hub import compare_keys
 
-__all__ = ["Tensors", "check_module", "gradients", "kind_of", "load_strictly", "renamed", "within"]
+__all__ = [
+    "Check", "Tensors", "check_module", "gradients", "kind_of", "load_strictly", "renamed", "within",
+    "without_options",
+]  # fmt: skip
 
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a family is checked.
+
+    Args:
+        compute: What we compute and what the official code computed, by name: that of the case, or a kind
+            ("output", "feat" or "grad"), a dot and that of the case.
+        given: Pattern of the names of tensors that are not results: inputs, and what was drawn at random.
+    """
+
+    compute: Callable[[Case], tuple[Tensors, Tensors]]
+    given: str = "input"
 
 
 def check_module(case: Case, module: nn.Module, **inputs: Any) -> tuple[Tensors, Tensors]:
@@ -63,6 +81,18 @@ def within(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
 def renamed(kwargs: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Official arguments under our names."""
     return {names.get(name, name): value for name, value in kwargs.items()}
+
+
+def without_options(kwargs: Mapping[str, Any], off: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Official arguments without options that are not built here, given the values that turn them off.
+
+    Raises:
+        ValueError: One of them is on.
+    """
+    for name, values in off.items():
+        if name in kwargs and kwargs[name] not in values:
+            raise ValueError(f"the official option {name}={kwargs[name]!r} is not built here")
+    return {name: value for name, value in kwargs.items() if name not in off}
 
 
 def kind_of(name: str) -> str:

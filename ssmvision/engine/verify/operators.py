@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.engine.verify.modules import Tensors, kind_of, within
+from ssmvision.engine.verify.modules import Check, Tensors, kind_of, within
 from ssmvision.ops import linear_scan, resets_from_seq_idx, selective_scan, selective_scan_2d, ssd_scan
 
 __all__ = ["CHECKS"]
@@ -18,18 +18,25 @@ __all__ = ["CHECKS"]
 Call = Callable[[Tensors, dict[str, Any]], tuple[Tensors, Tensors]]
 
 
-def _calls(call: Call, outputs: dict[str, str]) -> Callable[[Case], tuple[Tensors, Tensors]]:
+# What says nothing but which tensors a call has, and their sizes.
+_SIZES = {
+    "B", "C", "D", "G", "H", "L", "N", "P", "Q", "T", "V", "b", "bias", "d", "decoupled", "h0", "p", "seq", "z",
+}  # fmt: skip
+
+
+def _calls(call: Call, outputs: dict[str, str], given: str) -> Check:
     """A check of an operator.
 
     Args:
         call: The operator.
         outputs: The case's names of the gradients that come in, by the names of outputs.
+        given: Pattern of the names of what a call is given.
     """
 
     def check(case: Case) -> tuple[Tensors, Tensors]:
         found: Tensors = {}
         wanted: Tensors = {}
-        for name, kwargs in case.meta["kwargs"].items():
+        for name, kwargs in case.calls(_SIZES):
             tensors = within(name, case.tensors)
             ours, inputs = call(tensors, kwargs)
             driven = {output: grad for output, grad in outputs.items() if grad in tensors}
@@ -45,7 +52,7 @@ def _calls(call: Call, outputs: dict[str, str]) -> Callable[[Case], tuple[Tensor
             wanted |= {f"{kind_of(key)}.{name}.{key}": tensors[key] for key in theirs}
         return found, wanted
 
-    return check
+    return Check(check, rf"\w+\.({'|'.join((given, *outputs.values()))})")
 
 
 def _given(tensors: Tensors, names: tuple[str, ...]) -> Tensors:
@@ -57,9 +64,9 @@ def _selective_scan(tensors: Tensors, kwargs: dict[str, Any]) -> tuple[Tensors, 
     arguments: dict[str, Any] = dict(given)
     if kwargs.get("complex"):  # pairs (re, im): of A on an axis of their own, of B and C interleaved along the tokens
         arguments["A"] = torch.view_as_complex(given["A"])
-        for name in ("B", "C"):
-            if given[name].dim() > 2:
-                arguments[name] = torch.view_as_complex(given[name].unflatten(-1, (-1, 2)))
+        for name in ("B", "C"):  # if they do not change from token to token, the same axis as of A
+            constant = kwargs.get(name) == "const"
+            arguments[name] = torch.view_as_complex(given[name] if constant else given[name].unflatten(-1, (-1, 2)))
     y, last = selective_scan(**arguments, delta_softplus=kwargs.get("softplus", False))
     found = {"out": y, "out_f64": y, "last_real": last.real}
     return found | {"last_state": torch.view_as_real(last) if last.is_complex() else last}, given
@@ -93,9 +100,13 @@ def _backend(x: Tensor) -> str:
     return "reference" if x.dtype == torch.float64 else "auto"
 
 
-CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
-    "chimerastyle2dselectivessm": _calls(_selective_scan_2d, {"out": "grad_out"}),
-    "linearrecurrencewithresets": _calls(_linear_scan, {"out": "grad_out"}),
-    "mamba1s6": _calls(_selective_scan, {"out": "grad_out", "last_real": "grad_last_state_real"}),
-    "mamba2ssd": _calls(_ssd, {"out": "grad_out", "final_state": "grad_final_state"}),
+CHECKS: dict[str, Check] = {
+    "chimerastyle2dselectivessm": _calls(_selective_scan_2d, {"out": "grad_out"}, "x|[ABC]\\d|dt\\d|[AB]bar\\d"),
+    "linearrecurrencewithresets": _calls(_linear_scan, {"out": "grad_out"}, "a|x|h0|resets"),
+    "mamba1s6": _calls(
+        _selective_scan, {"out": "grad_out", "last_real": "grad_last_state_real"}, "[ABCDuz]|delta|delta_bias"
+    ),
+    "mamba2ssd": _calls(
+        _ssd, {"out": "grad_out", "final_state": "grad_final_state"}, "[ABCDxz]|dt|dt_bias|initial_states|seq_idx"
+    ),
 }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.engine.verify.modules import Tensors, check_module, gradients, load_strictly, renamed
+from ssmvision.engine.verify.modules import Check, Tensors, check_module, gradients, load_strictly, renamed
 from ssmvision.layers.s5 import S5, S5Classifier, S5Encoder, s5_from_flax
 
 __all__ = ["CHECKS"]
@@ -19,9 +18,9 @@ _NAMES = {"H": "dim", "d_model": "dim", "ssm_size": "d_state", "n_layers": "dept
 
 
 def _s5(case: Case) -> tuple[Tensors, Tensors]:
-    if "Classification" in case.meta["official_class"]:
+    if "Classification" in case.official_class:
         return _classifier(case)
-    layer = S5(**renamed(case.meta["kwargs"], _NAMES))
+    layer = S5(**renamed(case.kwargs, _NAMES))
     found, wanted = {}, {}
     for name in ("Lambda_re", "Lambda_im"):
         if f"init.{name}" in case.tensors:
@@ -39,7 +38,7 @@ def _s5(case: Case) -> tuple[Tensors, Tensors]:
 
 
 def _classifier(case: Case) -> tuple[Tensors, Tensors]:
-    kwargs = dict(case.meta["kwargs"])
+    kwargs = dict(case.kwargs)
     kwargs.pop("padded", None)
     kwargs["norm"] = "batch" if kwargs.pop("batchnorm", False) else "layer"
     for name in ("training", "dropout", "p_dropout", "bn_momentum"):
@@ -49,7 +48,7 @@ def _classifier(case: Case) -> tuple[Tensors, Tensors]:
 
 
 def _resets(case: Case) -> tuple[Tensors, Tensors]:
-    module = S5Encoder(**renamed(case.meta["kwargs"], _NAMES))
+    module = S5Encoder(**renamed(case.kwargs, _NAMES))
     load_strictly(module.eval(), s5_from_flax(case.weights))
     x = case.tensors["input"].clone().requires_grad_()
     states = [torch.view_as_complex(case.tensors[f"h0.{i}"][0]) for i in range(len(module.layers))]
@@ -78,4 +77,7 @@ def _official_gradients(case: Case) -> dict[str, Tensor]:
     return {f"grad.{name}": t for name, t in s5_from_flax(gradients).items()}
 
 
-CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {"s5": _s5, "s5resetsincontextrl": _resets}
+CHECKS: dict[str, Check] = {
+    "s5": Check(_s5, r"input|lengths|init\.(B|C\d?|D|log_step)"),
+    "s5resetsincontextrl": Check(_resets, r"input|resets|h0\.\d+"),
+}

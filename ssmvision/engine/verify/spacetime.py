@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.engine.verify.modules import Tensors, gradients, kind_of, load_strictly, renamed, within
+from ssmvision.engine.verify.modules import Check, Tensors, gradients, kind_of, load_strictly, renamed, within
 from ssmvision.layers.spacetime import (
     ClosedLoopSSM,
     CompanionSSM,
@@ -23,7 +21,7 @@ __all__ = ["CHECKS"]
 
 
 def _spacetime(case: Case) -> tuple[Tensors, Tensors]:
-    kwargs = renamed(case.meta["kwargs"], {"model_dim": "dim", "kernel_dim": "d_state"})
+    kwargs = _kwargs(case)
     horizon = kwargs.pop("horizon", 0)
     found: Tensors = {}
     for part, make in (("companion", CompanionSSM), ("shift", ShiftSSM)):
@@ -38,6 +36,18 @@ def _spacetime(case: Case) -> tuple[Tensors, Tensors]:
     found = {name: x.detach() for name, x in found.items() if name in case.tensors}
     wanted = {name: x for name, x in case.tensors.items() if not name.endswith(".input")}
     return _kinds(found), _kinds(wanted)
+
+
+def _kwargs(case: Case) -> dict[str, Any]:
+    """Our arguments; those that initialize, and what is trained, change nothing here."""
+    without = ("kernel_init", "kernel_train", "seed")
+    official = {name: value for name, value in case.kwargs.items() if name not in without}
+    kwargs = renamed(official, {"model_dim": "dim", "kernel_dim": "d_state"})
+    if repeat := kwargs.pop("kernel_repeat", None):  # official channels are (repeat kernel head channel)
+        channels = repeat * kwargs["n_kernels"] * kwargs["n_heads"] * kwargs["head_dim"]
+        if channels != kwargs["dim"]:
+            raise ValueError(f"kernel_repeat={repeat} makes {channels} channels, not model_dim={kwargs['dim']}")
+    return kwargs
 
 
 def _parts(case: Case) -> set[str]:
@@ -89,4 +99,4 @@ def _fixed(case: Case, dim: int, n_kernels: int) -> Tensors:
     return found
 
 
-CHECKS: dict[str, Callable[[Case], tuple[dict[str, Any], dict[str, Tensor]]]] = {"spacetime": _spacetime}
+CHECKS: dict[str, Check] = {"spacetime": Check(_spacetime, r".*\.input")}

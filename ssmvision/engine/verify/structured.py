@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.engine.verify.modules import Tensors, check_module, kind_of, renamed, within
+from ssmvision.engine.verify.modules import Check, Tensors, check_module, kind_of, renamed, within, without_options
 from ssmvision.layers.hippo import MEASURES, diagonal_init, hippo, hippo_low_rank, nplr
 from ssmvision.layers.ptd import diagonalize, transfer_function
 from ssmvision.layers.s4 import S4Block, S4Kernel
@@ -32,9 +33,9 @@ def _named(kind: str, tensors: Tensors) -> Tensors:
 
 def _hippo(case: Case) -> tuple[Tensors, Tensors]:
     found: Tensors = {}
-    for n in case.meta["kwargs"]["N"]:
+    for n in case.kwargs["N"]:
         for measure in MEASURES:
-            A, B = hippo(measure, n, **case.meta["kwargs"].get(measure, {}))
+            A, B = hippo(measure, n, **case.kwargs.get(measure, {}))
             found |= {f"{measure}.N{n}.A": A, f"{measure}.N{n}.B": B[:, None]}
             if (P := case.tensors.get(f"{measure}.N{n}.P")) is not None:
                 found[f"{measure}.N{n}.P"] = hippo_low_rank(measure, n, len(P))
@@ -79,11 +80,11 @@ def _ptd(case: Case) -> tuple[Tensors, Tensors]:
     found: Tensors = {}
     wanted: Tensors = {}
     omega = case.tensors["omega"]
-    for n in case.meta["kwargs"]["N"]:
+    for n in case.kwargs["N"]:
         A, B, C, E = (case.tensors[f"N{n}.{name}"] for name in ("A", "B", "C", "E_unit"))
         found |= dict(zip((f"N{n}.A", f"N{n}.B"), hippo("legs", n), strict=True))
         wanted |= {name: case.tensors[name] for name in (f"N{n}.A", f"N{n}.B")}
-        for relative in case.meta["kwargs"]["relative_perturbation"]:
+        for relative in case.kwargs["relative_perturbation"]:
             Lambda, V = diagonalize(A + relative * torch.linalg.matrix_norm(A, 2) * E)
             CB = (C.to(V) @ V) * torch.linalg.solve(V, B.to(V))
             ours = {"Lambda": _pairs(Lambda), "CB": _pairs(CB), "G": _pairs(transfer_function(Lambda, CB, omega))}
@@ -103,33 +104,48 @@ def _eigenvalue_order(Lambda: Tensor) -> Tensor:
 
 
 def _s4d(case: Case) -> tuple[Tensors, Tensors]:
-    if case.meta["official_class"].endswith("SSMKernelDiag"):
-        return _kernels(case, _s4d_kernel)
-    kwargs = renamed(case.meta["kwargs"], {"d_model": "dim"})
-    layer = S4D(**kwargs)
+    checks = {"S4D": _s4d_minimal, "S4Block": _s4, "SSMKernelDiag": lambda case: _kernels(case, _s4d_kernel)}
+    official = re.search(rf"\b({'|'.join(checks)})\b", case.official_class)
+    if official is None:
+        raise ValueError(f"official_class must name {', '.join(checks)}, not be {case.official_class!r}")
+    return checks[official[1]](case)
+
+
+def _s4d_minimal(case: Case) -> tuple[Tensors, Tensors]:
+    layer = S4D(**_s4_kwargs(case, dplr=False))
     found, wanted = check_module(case, layer)
-    return found | {"feat.K": layer.kernel(case.tensors["input"].shape[-1]).detach()}, wanted | {
-        "feat.K": case.tensors["K"]
-    }
+    if (K := case.tensors.get("K")) is not None:
+        found["feat.K"], wanted["feat.K"] = layer.kernel(K.shape[-1]).detach(), K
+    return found, wanted
 
 
 def _s4(case: Case) -> tuple[Tensors, Tensors]:
-    return check_module(case, S4Block(**_s4_kwargs(case.meta["kwargs"])))
+    return _at_rates(case, S4Block(**_s4_kwargs(case)))
 
 
 def _s4nd(case: Case) -> tuple[Tensors, Tensors]:
-    kwargs = _s4_kwargs(case.meta["kwargs"])
-    kwargs.pop("contract_version", None)
+    kwargs = _s4_kwargs(case)
     kwargs.setdefault("spatial_dims", case.tensors["input"].dim() - 2)
-    return check_module(case, S4ND(**kwargs))
+    return _at_rates(case, S4ND(**kwargs))
+
+
+def _at_rates(case: Case, module: nn.Module) -> tuple[Tensors, Tensors]:
+    """As `check_module`, and the outputs at other step sizes, "output.rate2" for twice as large ones."""
+    found, wanted = check_module(case, module)
+    for name, x in within("output", case.tensors).items():
+        if rate := re.fullmatch(r"rate(\d+(?:\.\d+)?)", name):
+            found[f"output.{name}"] = module(case.tensors["input"], rate=float(rate[1])).detach()
+            wanted[f"output.{name}"] = x
+    return found, wanted
 
 
 def _ssm2d(case: Case) -> tuple[Tensors, Tensors]:
-    kwargs = dict(case.meta["kwargs"])
-    if kwargs.pop("normalize", False):
-        raise ValueError("the official option 'normalize' is not built here")
+    off = {"normalize": (False,), "truncation": (None,), "force_coeff_calc": (False,)}
+    kwargs = without_options(case.kwargs, off)
     names = {"embed_dim": "dim", "ndim": "d_state", "directions_amount": "directions"}
-    side = math.isqrt(kwargs.pop("L"))
+    side = math.isqrt(places := kwargs.pop("L"))
+    if side**2 != places:
+        raise ValueError(f"L must be the number of places of a square, not {places}")
     layer = SSM2D(side=side, **renamed(kwargs, {**names, "use_residual_inside_ssm": "use_residual"}))
     if case.tensors["input"].dim() == 3:  # tokens first, (l, b, d)
         layer.register_forward_pre_hook(lambda _, x: x[0].permute(1, 2, 0).unflatten(-1, (math.isqrt(len(x[0])), -1)))
@@ -143,13 +159,13 @@ def _dplr(case: Case) -> tuple[Tensors, Tensors]:
     return _kernels(case, _s4_kernel)
 
 
-def _kernels(case: Case, check: Callable[[dict[str, Any], str, Tensors, Tensors], Tensors]) -> tuple[Tensors, Tensors]:
+def _kernels(case: Case, check: Callable[[Case, str, Tensors, Tensors], Tensors]) -> tuple[Tensors, Tensors]:
     """Several kernels, each with weights and tensors under its own prefix."""
     found: Tensors = {}
     wanted: Tensors = {}
     for prefix in sorted({name.rpartition(".")[0] for name in case.weights}):
         weights, tensors = within(prefix, case.weights), within(prefix, case.tensors)
-        ours = check(dict(case.meta["kwargs"]), prefix, weights, tensors)
+        ours = check(case, prefix, weights, tensors)
         ours = {f"{kind_of(name)}.{prefix}.{name}": x.detach() for name, x in ours.items()}
         found |= ours
         wanted |= {
@@ -160,11 +176,11 @@ def _kernels(case: Case, check: Callable[[dict[str, Any], str, Tensors, Tensors]
     return found, wanted
 
 
-def _s4d_kernel(kwargs: dict[str, Any], prefix: str, weights: Tensors, tensors: Tensors) -> Tensors:
+def _s4d_kernel(case: Case, prefix: str, weights: Tensors, tensors: Tensors) -> Tensors:
     init, disc, real_transform = prefix.split(".")
+    kwargs = _s4_kwargs(case, dplr=False) | {"init": init, "disc": disc, "real_transform": real_transform}
     length = kwargs.pop("L")
-    kwargs |= {"init": init, "disc": disc, "real_transform": real_transform}
-    kernel = S4DKernel(**renamed(kwargs, {"d_model": "dim"}))
+    kernel = S4DKernel(**kwargs)
     found = _initialized(kernel, ("A_real", "A_imag"))
     kernel.load_state_dict(weights)
     found |= _kernel_and_gradients(kernel, length, tensors)
@@ -175,9 +191,10 @@ def _s4d_kernel(kwargs: dict[str, Any], prefix: str, weights: Tensors, tensors: 
     return found
 
 
-def _s4_kernel(kwargs: dict[str, Any], prefix: str, weights: Tensors, tensors: Tensors) -> Tensors:
+def _s4_kernel(case: Case, prefix: str, weights: Tensors, tensors: Tensors) -> Tensors:
+    kwargs = _s4_kwargs(case, dplr=True)
     length, rank = kwargs.pop("L"), kwargs.pop("rank")[prefix]
-    kernel = S4Kernel(**renamed(kwargs, {"d_model": "dim"}), init=prefix, rank=rank)
+    kernel = S4Kernel(**kwargs, init=prefix, rank=rank)
     found = _initialized(kernel, ("A_real", "A_imag"))
     # What the first forward makes of a fresh C is what the official checkpoint holds.
     kernel.load_state_dict(
@@ -215,24 +232,36 @@ def _stepped(kernel: nn.Module, u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs, -1), state
 
 
-def _s4_kwargs(official: dict[str, Any]) -> dict[str, Any]:
-    """Our arguments; those that choose among equal implementations have no effect on results."""
-    kwargs = renamed(official, {"dim": "spatial_dims", "d_model": "dim", "out_channels": "out_chans"})
-    for name in ("backend", "verbose", "deterministic", "tie_dropout", "lr", "wd"):
-        kwargs.pop(name, None)
-    for name, off in (("gate", None), ("bottleneck", None), ("weight_norm", False), ("drop_kernel", 0.0)):
-        if kwargs.pop(name, off) not in (off, 0):
-            raise ValueError(f"the official option {name!r} is not built here")
-    return kwargs
+# Of official S4 layers: what initializes weights, which a case brings, or chooses among equal implementations.
+_WITHOUT_EFFECT = {"backend", "contract_version", "deterministic", "init", "lr", "tie_dropout", "verbose", "wd"}
+_OFF: dict[str, tuple[Any, ...]] = {
+    "bottleneck": (None, 0), "drop_kernel": (0,), "dt_fast": (False,), "gate": (None, 0), "gate_act": (None,),
+    "hyper_act": (None,), "initializer": (None,), "is_real": (False,), "kernel": (None,), "ln": (False,),
+    "mult_act": (None,), "postact": (None,), "return_state": (False,), "weight_norm": (False,),
+}  # fmt: skip
+# The DPLR kernel is bilinear, whatever `disc` says of the diagonal one.
+_OFF_OF_DPLR = _OFF | {"disc": ("bilinear", "zoh"), "dt_tie": (True,)}
+_NAMES = {"dim": "spatial_dims", "d_model": "dim", "out_channels": "out_chans"}
 
+
+def _s4_kwargs(case: Case, dplr: bool | None = None) -> dict[str, Any]:
+    """Our arguments of S4 layers and kernels, whose form is DPLR if that is said or by their `mode`."""
+    if dplr is None:
+        dplr = case.kwargs.get("mode", "dplr") == "dplr"
+    case.kwargs.ignore(_WITHOUT_EFFECT)
+    kwargs = without_options(case.kwargs, _OFF_OF_DPLR if dplr else _OFF)
+    return renamed({name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}, _NAMES)
+
+
+_RANDOM = r"init\.(B|C|P|inv_dt)"
 
 # By the families' names, as `Case.family` gives them.
-CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
-    "2dssmbaronetal": _ssm2d,
-    "hippos4init": _hippo,
-    "s4": _s4,
-    "s4d": _s4d,
-    "s4nplrdplr": _dplr,
-    "s4nd": _s4nd,
-    "s4ptds5ptd": _ptd,
+CHECKS: dict[str, Check] = {
+    "2dssmbaronetal": Check(_ssm2d),
+    "hippos4init": Check(_hippo, r".*\.absB_clipped"),
+    "s4": Check(_s4),
+    "s4d": Check(_s4d, rf"input|.*\.({_RANDOM}|state0|step_u)"),
+    "s4nplrdplr": Check(_dplr, rf".*\.({_RANDOM}|C_before_setup|step_u)"),
+    "s4nd": Check(_s4nd),
+    "s4ptds5ptd": Check(_ptd, r"omega|N\d+\.(C|E_unit|G_legs|G_s4d_legs)"),
 }

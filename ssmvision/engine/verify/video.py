@@ -8,12 +8,13 @@ discretized matrices; sequences are (t, b, h, w, c).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 
 import torch
 from torch import Tensor
 
 from ssmvision.engine.verify.case import Case
+from ssmvision.engine.verify.modules import Check
 from ssmvision.engine.verify.networks import expected_gradients
 from ssmvision.hub import CheckpointError, compare_keys
 from ssmvision.layers import ConvS5
@@ -21,17 +22,20 @@ from ssmvision.models import convs5
 
 __all__ = ["CHECKS"]
 
+_GIVEN = r"input|video|x0|actions|init\.(B|C|D|log_step)"
 Tensors = dict[str, Tensor]
 
 
 def _video(case: Case) -> tuple[Tensors, Tensors]:
-    model = convs5.from_official(case.meta.get("official_class") or "", case.meta["kwargs"]).eval()
+    model = convs5.from_official(case.official_class, case.kwargs).eval()
+    case.kwargs.ignore(convs5.WITHOUT_EFFECT)
     weights = convs5.checkpoint_filter_fn(case.weights, model)
     report = compare_keys(weights, model.state_dict())
     if not report.ok:
         raise CheckpointError(f"the weights do not fit: {report.summary()}")
+    initial = {f"output.init.{name}": p.detach().clone() for name, p in model.named_parameters()}
     model.load_state_dict(weights)
-    found = _layer(model, case) if isinstance(model, ConvS5) else _predictor(model, case)
+    found = initial | (_layer(model, case) if isinstance(model, ConvS5) else _predictor(model, case))
     found |= {f"grad.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return found, _wanted(case, model)
 
@@ -61,13 +65,13 @@ def _predictor(model: convs5.VideoPredictor, case: Case) -> Tensors:
     frames = video.permute(0, 1, 4, 2, 3)
     latents, last = model.forward_latents(frames[:, :-1])
     recon = convs5.per_frame(model.decoder, latents)
-    losses = convs5.prediction_loss(recon, frames[:, 1:], case.meta["kwargs"].get("loss_weight", 0.5))
+    losses = convs5.prediction_loss(recon, frames[:, 1:], case.kwargs.get("loss_weight", 0.5))
     losses[0].backward()
     found = {name: loss.reshape(1) for name, loss in zip(("loss", "mse_loss", "l1_loss"), losses, strict=True)}
     found |= {"recon": _channels_last(recon), "deter": _channels_last(latents)} | _states(last)
     if "imagined" in case.tensors:
         found["imagined"] = _channels_last(model.generate(frames.detach(), case.tensors["imagined"].shape[1]))
-    return {f"output.{name}": tensor for name, tensor in found.items()} | {"grad_input": _gradient(video)}
+    return {f"output.{name}": tensor for name, tensor in found.items()} | {"grad_video": _gradient(video)}
 
 
 def _states(states: object) -> Tensors:
@@ -83,13 +87,12 @@ def _states(states: object) -> Tensors:
 
 def _wanted(case: Case, model: torch.nn.Module) -> Tensors:
     weights = {path.removeprefix("params/"): value for path, value in case.weights.items()}
-    tensors = dict(case.tensors)
-    if "grad_video" in tensors:
-        tensors["grad_input"] = tensors.pop("grad_video")
-    inputs = ("input", "video", "x0", "actions")
-    outputs = {key: x for key, x in tensors.items() if key not in inputs and not key.startswith(("grad", "init"))}
-    gradients = expected_gradients(convs5, model, weights, tensors)
-    return {f"output.{key}": x for key, x in outputs.items()} | gradients
+    outputs = {
+        f"output.{key}": x for key, x in case.tensors.items()
+        if not key.startswith("grad") and not re.fullmatch(_GIVEN, key)
+    }  # fmt: skip
+    gradients = expected_gradients(convs5, model, weights, case.tensors)
+    return outputs | gradients | {key: x for key, x in case.tensors.items() if key == "grad_video"}
 
 
 def _channels_last(video: Tensor) -> Tensor:
@@ -114,9 +117,6 @@ def _gradient(x: Tensor) -> Tensor:
 
 
 # By the families' names, as `Case.family` gives them.
-CHECKS: dict[str, Callable[[Case], tuple[Tensors, Tensors]]] = {
-    "convs5": _video,
-    "convlstm": _video,
-    "videotransformer": _video,
-    "transformer": _video,
-}
+CHECKS: dict[str, Check] = dict.fromkeys(
+    ("convs5", "convlstm", "videotransformer", "transformer"), Check(_video, _GIVEN)
+)
