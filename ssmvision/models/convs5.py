@@ -457,9 +457,9 @@ def _rearranged(path: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value.reshape(shape) if value.numel() == shape.numel() else value
 
 
-# What the official configuration says of training, and sizes that the video has anyway.
+# What the official configuration says of training, of actions that are not used, and of sizes that videos have.
 WITHOUT_EFFECT = (
-    "batch_size", "image_size", "latent_height", "latent_width", "loss_weight", "lr", "lr_schedule", "total_steps",
+    "action_dim", "action_embed_dim", "batch_size", "image_size", "latent_height", "latent_width", "loss_weight", "lr", "lr_schedule", "total_steps",
     "warmup_steps", "weight_decay",
 )  # fmt: skip
 

@@ -296,12 +296,20 @@ _UNDERSTOOD = {
 }
 
 
+_OF_TRAINING = (
+    "attention_probs_dropout_prob", "classifier_dropout_prob", "drop_path_rate", "hidden_dropout_prob",
+    "initializer_range",
+)  # fmt: skip
+_WITHOUT_EFFECT = ("feat_size", *(f"segformer_config.{name}" for name in _OF_TRAINING))
+
+
 def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialModel:
     """Build from the arguments of the official `Vivim` and of the SegFormer in it, by default b3."""
     arguments: dict[str, Any] = {}
     if "segformer_config" in kwargs:
-        segformer = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs["segformer_config"].items()}
-        refuse_unpublished("Vivim", segformer, _UNDERSTOOD)
+        segformer = kwargs["segformer_config"]
+        values = {name: segformer[name] for name in _UNDERSTOOD if name in segformer}
+        refuse_unpublished("Vivim", {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, _UNDERSTOOD)
         depths, dims, heads = (segformer.get(name, default) for name, default in _SEGFORMER.items())
         arguments = {
             "depths": depths, "dims": dims, "heads": heads, "decoder_dim": segformer.get("decoder_hidden_size", 256),
@@ -311,7 +319,7 @@ def from_official(official_class: str, kwargs: Mapping[str, Any]) -> OfficialMod
         in_channels=kwargs.get("in_chans", 3), out_channels=kwargs.get("out_chans", 1),
         clip_depths=kwargs.get("mamba_depths", (2, 2, 2, 2)), edge=kwargs.get("with_edge", False), **arguments,
     )  # fmt: skip
-    return OfficialModel(_FramesFirst(model), lambda name: [_tap(name)], without_effect=("feat_size",))
+    return OfficialModel(_FramesFirst(model), lambda name: [_tap(name)], without_effect=_WITHOUT_EFFECT)
 
 
 def _tap(name: str) -> Tap:

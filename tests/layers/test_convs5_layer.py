@@ -170,7 +170,7 @@ def test_gradients_are_exact() -> None:
     [
         ({"ssm_size": 10}, r"ssm_size=10 must be a multiple of 2 \* ssm_blocks=4"),
         ({"feedthrough": "glu"}, "feedthrough must be one of resnet, standard, half_glu, not 'glu'"),
-        ({"activation": "tanh"}, "activation must be one of gelu, relu, silu, not 'tanh'"),
+        ({"activation": "tanh"}, "activation must be one of gelu, relu, silu, elu, not 'tanh'"),
     ],
 )
 def test_wrong_options_are_named(kwargs, message: str) -> None:

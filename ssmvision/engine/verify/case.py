@@ -45,10 +45,10 @@ class Arguments(dict[str, Any]):
         return [(name, self[name]) for name in self]
 
     def ignore(self, names: Iterable[str]) -> None:
-        """Count arguments that are known to have no effect, and what is in them, as asked for."""
-        for name in self.keys() & set(names):
-            if isinstance(value := self[name], Arguments):
-                value.ignore(value)
+        """Count arguments that are known to have no effect, "outer.inner" if nested, as asked for."""
+        for outer, _, inner in (name.partition(".") for name in names):
+            if isinstance(value := self.get(outer), Arguments):
+                value.ignore([inner] if inner else value)
 
     def unasked(self) -> list[str]:
         """The arguments that nothing asked for, nested ones as "outer.inner"."""
