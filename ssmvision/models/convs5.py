@@ -459,8 +459,8 @@ def _rearranged(path: str, value: Tensor, shape: torch.Size) -> Tensor:
 
 # What the official configuration says of training, of actions that are not used, and of sizes that videos have.
 WITHOUT_EFFECT = (
-    "action_dim", "action_embed_dim", "batch_size", "image_size", "latent_height", "latent_width", "loss_weight", "lr", "lr_schedule", "total_steps",
-    "warmup_steps", "weight_decay",
+    "action_dim", "action_embed_dim", "batch_size", "image_size", "latent_height", "latent_width", "loss_weight", "lr",
+    "lr_schedule", "total_steps", "warmup_steps", "weight_decay",
 )  # fmt: skip
 
 

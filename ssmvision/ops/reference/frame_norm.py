@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-# The first are numbered as in cpu/csrc/kernels.h; the last, which no published model has, runs here alone.
+# Numbered as in cpu/csrc/kernels.h.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
@@ -14,7 +14,6 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
 }
 ACTIVATIONS = tuple(_FUNCTIONS)
-NATIVE = ("none", "gelu", "relu", "silu")
 
 
 def definition(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: int) -> Tensor:
