@@ -7,7 +7,8 @@ import torch
 
 from ssmvision import create_model
 from ssmvision.engine.inspection.scans import watch_scans
-from ssmvision.engine.inspection.token_flow import REGIMES, Scan, find_scans, follow
+from ssmvision.engine.inspection.token_flow import REGIMES, NothingToDiagnose, Scan, find_scans, follow
+from ssmvision.layers import Mamba2
 
 CONVERGENT, SLOW, FAST = REGIMES
 
@@ -90,3 +91,8 @@ def test_definite_layers_go_one_way():
             flow = follow(scan)
             assert flow.regimes() == [[regime] * 2] * 2
             assert (flow.growing == float(regime == FAST)).all()
+
+
+def test_other_scans_are_named():
+    with pytest.raises(NothingToDiagnose, match=r"Mamba2 has no selective scan.*: all it runs is ssd_scan\."):
+        find_scans(Mamba2(8, headdim=4), torch.randn(1, 5, 8))

@@ -107,7 +107,7 @@ def test_regimes_have_their_colours():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{photo}", "--model", "test_vssd"], "VSSD has no selective scan, whose tokens could be followed."),
+        (["{photo}", "--model", "test_vssd"], "tokens could be followed: it runs no scan at all."),
         (["{text}", "--model", "test_vim"], "1 of 1 files are no images that can be read:\n  {text}: not an image"),
         (["{photo}", "--model", "test_vim", "--max-images", "0"], "--max-images must be at least 1, not 0."),
         (["{photo}", "--model", "test_umamba_enc"], "The model takes 8 images as frames or slices, not 1."),

@@ -70,10 +70,15 @@ def find_scans(model: Any, images: Tensor) -> list[Scan]:
     Raises:
         NothingToDiagnose: For a model without selective scans.
     """
-    calls = [call for call in watch_scans(model, images) if call.operator == "selective_scan"]
-    if scans := [_scan(call, made) for call in calls if (made := scan_projections(call.module))]:
+    calls = watch_scans(model, images)
+    selective = [call for call in calls if call.operator == "selective_scan"]
+    if scans := [_scan(call, made) for call in selective if (made := scan_projections(call.module))]:
         return scans
-    raise NothingToDiagnose(f"{type(model).__name__} has no selective scan, whose tokens could be followed.")
+    others = ", ".join(sorted({call.operator for call in calls}))
+    raise NothingToDiagnose(
+        f"{type(model).__name__} has no selective scan, whose tokens could be followed: "
+        + (f"all it runs is {others}." if others else "it runs no scan at all.")
+    )
 
 
 def _scan(call: ScanCall, projections: list[Tensor]) -> Scan:
