@@ -123,6 +123,8 @@ HARMLESS = [
     ("ssm_spacetime_companion", {"kernel_repeat": 1, "kernel_init": "normal", "kernel_train": True, "seed": 42}),
     ("ssm_hiss_mamba", {"ll": {"type": "MambaModel", "model_dim": 8, "output_dim": 12, "nlayers": 2, "dropout": 0.1}}),
     ("ssm_smamba", {"d_conv": 2, "expand": 1}),
+    ("ssm_mamba2_block", {"activation": "swish"}),
+    ("ssm_hydra_block", {"activation": "silu"}),
     ("ssm_convs5_novq", {"use_actions": False, "action_dim": 3, "action_embed_dim": 8, "lr": 1e-3}),
 ]
 
@@ -143,6 +145,7 @@ REFUSED = [
     ("ssm_hiss_mamba", {"hl": {"type": "TransformerNet", "model_dim": 12, "nlayers": 2}}, "not TransformerNet"),
     ("ssm_smamba", {"activation": "silu"}, "activation must be one of relu, gelu, not 'silu'"),
     ("ssm_smamba", {"d_conv": 4}, "conv1d.weight"),
+    ("ssm_hydra_block", {"activation": "relu"}, "activation='relu' is not built here"),
     ("ssm_convs5_layer", {"squeeze_excite": True}, "squeeze_excite is not built here"),
 ]
 

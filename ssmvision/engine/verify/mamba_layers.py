@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvision.engine.verify.case import Case
-from ssmvision.engine.verify.modules import Check, Tensors, check_module, renamed, within
+from ssmvision.engine.verify.modules import Check, Tensors, check_module, renamed, within, without_options
 from ssmvision.layers import (
     FSCILNeck,
     Hierarchical,
@@ -34,6 +34,7 @@ _WITHOUT_EFFECT = {
     "A_init_range", "chunk_size", "conv_init", "device", "dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale",
     "dtype", "layer_idx", "process_group", "sequence_parallel", "use_fast_path", "use_mem_eff_path",
 }  # fmt: skip
+_SILU = {"activation": ("silu", "swish")}
 _MAMBA3_ARGUMENTS = {
     "Q": "q", "K": "k", "V": "v", "DT": "dt", "ADT": "a_dt", "Trap": "trap", "Angles": "angles", "Q_bias": "q_bias",
     "K_bias": "k_bias", "D": "D", "Z": "z",
@@ -72,11 +73,13 @@ def _mamba1(case: Case) -> tuple[Tensors, Tensors]:
 
 
 def _mamba2(case: Case) -> tuple[Tensors, Tensors]:
-    return check_module(case, Mamba2(**_arguments(case.kwargs, {"d_model": "dim"})), **_packed(case))
+    kwargs = without_options(case.kwargs, _SILU)
+    return check_module(case, Mamba2(**_arguments(kwargs, {"d_model": "dim"})), **_packed(case))
 
 
 def _hydra(case: Case) -> tuple[Tensors, Tensors]:
-    return check_module(case, Hydra(**_arguments(case.kwargs, {"d_model": "dim"}, ignored=["activation"])))
+    kwargs = without_options(case.kwargs, _SILU)
+    return check_module(case, Hydra(**_arguments(kwargs, {"d_model": "dim"})))
 
 
 class _SMamba(nn.Module):
