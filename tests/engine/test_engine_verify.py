@@ -169,6 +169,16 @@ def test_tokens_before_channels(verify_edited):
     assert result.ok, str(result)
 
 
+def test_weights_that_began_as_nobody_should_are_verified(verify_edited):
+    def only_legt(tensors):
+        kept = {key: x for key, x in tensors.items() if key.startswith("diag-legs.zoh.exp.") and ".init." not in key}
+        tensors.clear()
+        tensors.update({key.replace("diag-legs", "diag-legt"): x for key, x in kept.items()})
+
+    result = verify_edited("ssm_s4d_kernels", only_legt, only_legt)
+    assert result.ok, str(result)
+
+
 @pytest.mark.parametrize("case", ["ssm_s4_block", "ssm_s4nd"])
 def test_outputs_at_another_rate_are_compared(case, verify_edited):
     def half_steps(weights):

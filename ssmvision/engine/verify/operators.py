@@ -65,7 +65,8 @@ def _selective_scan(tensors: Tensors, kwargs: dict[str, Any]) -> tuple[Tensors, 
     if kwargs.get("complex"):  # pairs (re, im): of A on an axis of their own, of B and C interleaved along the tokens
         arguments["A"] = torch.view_as_complex(given["A"])
         for name in ("B", "C"):  # if they do not change from token to token, the same axis as of A
-            constant = kwargs.get(name) == "const"
+            like_A = given[name].shape == given["A"].shape
+            constant = kwargs.get(name, "const" if like_A else "var") == "const"
             arguments[name] = torch.view_as_complex(given[name] if constant else given[name].unflatten(-1, (-1, 2)))
     y, last = selective_scan(**arguments, delta_softplus=kwargs.get("softplus", False))
     found = {"out": y, "out_f64": y, "last_real": last.real}

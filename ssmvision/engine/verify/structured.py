@@ -178,7 +178,9 @@ def _kernels(case: Case, check: Callable[[Case, str, Tensors, Tensors], Tensors]
 
 def _s4d_kernel(case: Case, prefix: str, weights: Tensors, tensors: Tensors) -> Tensors:
     init, disc, real_transform = prefix.split(".")
-    kwargs = _s4_kwargs(case, dplr=False) | {"init": init, "disc": disc, "real_transform": real_transform}
+    kwargs = _s4_kwargs(case, dplr=False) | {"disc": disc, "real_transform": real_transform}
+    if "init.A_real" in tensors:  # else it is of no effect, and may be one that nobody should start from
+        kwargs["init"] = init
     length = kwargs.pop("L")
     kernel = S4DKernel(**kwargs)
     found = _initialized(kernel, ("A_real", "A_imag"))
