@@ -175,7 +175,7 @@ def from_official(official_class: str, kwargs: Dict[str, Any]) -> OfficialModel:
     refuse_unpublished("LocalVim", kwargs, understood)
     for name, needed in (("if_rope_residual", rope), ("use_middle_cls_token", cls)):
         if needed and not kwargs.get(name, False):
-            raise ValueError(f"LocalVim without {name} was never published and is not built here")
+            raise ValueError(f"LocalVim with {name}=False was never published and is not built here")
     if kwargs.get("directions") is None:
         raise ValueError("LocalVim with directions=None is the network that the search trains, not built here")
     model = LocalVim(
