@@ -18,9 +18,9 @@ A case is a folder with
   meta.json          family, official_class, kwargs of the official constructor, tolerance {rtol, atol},
                      grad_tolerance {rtol, atol_rel_to_max}, feats (official module names in the order of feat.N)
 
-The model is built from the official arguments, loads the weights strictly, and every tensor is compared: a case with
-an argument that is not known, or a tensor that nothing here computes, fails and names it. One line a case: NAME ok|FAIL
-and the worst error of outputs, features and gradients as a fraction of what the tolerances allow.
+The model is built from the official arguments, loads the weights strictly, and every tensor is compared: a case with a
+tensor that nothing here computes fails. One line a case: NAME ok|FAIL, the worst error of outputs, features and
+gradients as a fraction of what the tolerances allow, and the arguments that were not looked at.
 Exit status 0 if all cases pass, 1 if any fails, 2 if a folder is not a case.
 
 example:

@@ -1,7 +1,8 @@
 """Reading a case: what the official code was built from, its weights, and the tensors it computed.
 
-A case must be used up: an argument that nothing asked for, or a tensor that is neither given to our code nor compared
-with what it computes, is named by `Case.overlooked`, since a proof that skips it proves nothing about it.
+A case must be used up. A tensor that is neither given to our code nor compared with what it computes fails a case,
+since a proof that skips it proves nothing about it. An argument that nothing asked for is named; whether it matters,
+the tensors tell.
 """
 
 from __future__ import annotations
@@ -101,20 +102,22 @@ class Case:
             arguments.ignore(sizes)
             yield name, arguments
 
-    def overlooked(self, compared: Iterable[str], given: str) -> str:
-        """What of this case took no part in a check, in one sentence; empty if all did.
+    def overlooked(self, compared: Iterable[str], given: str) -> tuple[str, str]:
+        """The tensors and the arguments of this case that took no part in a check, a sentence each; empty if all did.
 
         Args:
             compared: Names of compared tensors, which may begin with their kind.
             given: Pattern of the names of tensors that are not results.
         """
-        if unasked := self.kwargs.unasked():
-            return f"unknown official arguments: {', '.join(unasked)}"
+        unasked = self.kwargs.unasked()
         names = {name for key in compared for name in (key, key.partition(".")[2])}
         # Checks that convert gradients as they convert weights know them by our names.
         names |= {f"grad.{key.removeprefix('params/')}" for key in self.weights}
         left = [name for name in sorted(self.tensors) if name not in names and not re.fullmatch(given, name)]
-        return f"not compared: {', '.join(left)}" if left else ""
+        return (
+            f"not compared: {', '.join(left)}" if left else "",
+            f"not looked at: {', '.join(unasked)}" if unasked else "",
+        )
 
 
 def read_case(folder: Path) -> Case:

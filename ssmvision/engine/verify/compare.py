@@ -23,27 +23,31 @@ class Verification:
         name: Name of the case.
         worst: For "output", "feature" and "gradient": (fraction, tensor it was seen in).
         problem: Why nothing could be compared, or what is missing; empty if all was compared.
+        note: What was left out of account but is no failure.
     """
 
     name: str
     worst: dict[str, tuple[float, str]]
     problem: str = ""
+    note: str = ""
 
     @property
     def ok(self) -> bool:
         """Whether everything was compared and lies within the tolerances."""
         return not self.problem and all(fraction <= 1 for fraction, _ in self.worst.values())
 
-    def unless(self, problem: str) -> Verification:
-        """The same, failed by a problem if there is one and none before it."""
-        return replace(self, problem=self.problem or problem)
+    def with_overlooked(self, tensors: str, arguments: str) -> Verification:
+        """The same, failed by tensors that were not compared, with a note of arguments that were not looked at."""
+        return replace(self, problem=self.problem or tensors, note=arguments)
 
     def __str__(self) -> str:
         """`NAME ok|FAIL` with the worst error of each kind."""
         errors = "  ".join(
             f"{kind} {fraction:.3f} of tolerance ({name})" for kind, (fraction, name) in self.worst.items()
         )
-        return "  ".join(part for part in (f"{self.name} {'ok' if self.ok else 'FAIL'}", errors, self.problem) if part)
+        return "  ".join(
+            part for part in (f"{self.name} {'ok' if self.ok else 'FAIL'}", errors, self.problem, self.note) if part
+        )
 
 
 def compare(
