@@ -33,8 +33,12 @@ class ConvLSTM(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.gates = nn.Conv2d(2 * dim, 4 * dim, kernel_size, padding="same", bias=False, **dd)
 
-    def forward(self, u: Tensor, state: Optional[State] = None, reset: Optional[Tensor] = None) -> tuple[Tensor, State]:
-        """All frames (b, t, c, h, w) one after the other: their outputs and the state after the last.
+    def forward(self, u: Tensor, reset: Optional[Tensor] = None) -> Tensor:
+        """Frames (b, t, c, h, w), one after the other → the same; `reset` (b, t) is True where a packed clip starts."""
+        return self.run(u, None, reset)[0]
+
+    def run(self, u: Tensor, state: Optional[State] = None, reset: Optional[Tensor] = None) -> tuple[Tensor, State]:
+        """As `forward`, after a state: outputs, and the state after the last frame.
 
         Args:
             u: (b, t, c, h, w).

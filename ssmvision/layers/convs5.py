@@ -182,10 +182,12 @@ class ConvS5(nn.Module):
         self.C.copy_(torch.view_as_real(torch.einsum("np,un...->up...", V, C)))
         init_log_dt_(self.log_step, *self.dt_range)
 
-    def forward(
-        self, u: Tensor, state: Optional[Tensor] = None, reset: Optional[Tensor] = None
-    ) -> tuple[Tensor, Tensor]:
-        """All frames at once.
+    def forward(self, u: Tensor, reset: Optional[Tensor] = None) -> Tensor:
+        """All frames (b, t, dim, h, w) at once → the same; `reset` (b, t) is True where a packed clip starts."""
+        return self.run(u, None, reset)[0]
+
+    def run(self, u: Tensor, state: Optional[Tensor] = None, reset: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        """As `forward`, after a state.
 
         Args:
             u: (b, t, dim, h, w).

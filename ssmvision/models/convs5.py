@@ -32,7 +32,7 @@ class SequenceLayer(nn.Module):
     """A mixer over time beside a residual, with a norm after it or before it.
 
     Args:
-        mixer: `ConvS5`, `ConvLSTM`, or what has their `forward`, `stepper` and `initial_state`.
+        mixer: `ConvS5`, `ConvLSTM`, or what has their `run`, `stepper` and `initial_state`.
         dim: Channels.
         prenorm: Norm before the mixer instead of after the residual.
         use_norm: Have a norm at all.
@@ -57,7 +57,7 @@ class SequenceLayer(nn.Module):
 
     def forward(self, u: Tensor, state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
         """All frames (b, t, c, h, w) after a state, and the state after them."""
-        y, state = self.mixer(per_frame(self.norm, u) if self.prenorm else u, state, reset)
+        y, state = self.mixer.run(per_frame(self.norm, u) if self.prenorm else u, state, reset)
         return per_frame(self._after, y, u), state
 
     def stepper(self) -> Step:

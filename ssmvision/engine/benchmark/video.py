@@ -115,7 +115,7 @@ def packed_clips(repeats: int) -> dict[str, float]:
     reset[:, 120] = True
 
     def run(u: Tensor, reset: Tensor | None = None) -> Callable[[], object]:
-        return lambda: layer(u, reset=reset)[0].square().mean().backward()
+        return lambda: layer(u, reset).square().mean().backward()
 
     ms = interleaved({"packed": run(packed, reset), "one clip": run(packed), "padded": run(padded)}, repeats)
     return {"resets": ms["packed"] / ms["one clip"], "clips/s": ms["padded"] / ms["packed"]}

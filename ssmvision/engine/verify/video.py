@@ -46,7 +46,7 @@ def _layer(layer: ConvS5, case: Case) -> Tensors:
     start = _complex(tensors["x0"]).permute(0, 3, 1, 2) if "x0" in tensors else None
     observed: list[Tensor] = []
     layer.feedthrough.register_forward_pre_hook(lambda _, inputs: observed.append(inputs[0].detach()))
-    output, last = layer(sequence.permute(1, 0, 4, 2, 3), start)
+    output, last = layer.run(sequence.permute(1, 0, 4, 2, 3), start)
     output.square().mean().backward()
     A, B, C = layer.discretized()
     return {

@@ -97,7 +97,7 @@ def draw_convs5() -> Figure:
         for _ in range(depth):
             layer = ConvS5(8, ssm_size=32, num_groups=2, dt_min=0.02, dt_max=0.1)
             layer.feedthrough = _Bare()
-            x = layer(x)[0]
+            x = layer(x)
         energy = x[0].norm(dim=1)
         for column, frame in enumerate(frames):
             axes = figure.add_subplot(grid[row, column])
