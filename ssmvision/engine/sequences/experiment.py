@@ -43,6 +43,8 @@ def compare(args: Namespace) -> list[Line]:
     """
     task = _make_task(args.task, args.task_args)
     builders = _builders(args, task)
+    if task.best is not None:
+        print(f"the best estimate there is: {task.metric} {task.best:.4g}", flush=True)
     folder = RunFolder(args.output)
     try:
         if (folder.path / "results.csv").exists():
