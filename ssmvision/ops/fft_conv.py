@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._backend import watched
 from ._library import cast, expect, expect_real
 
 
@@ -61,23 +62,18 @@ def _convolve(x: Tensor, kernel: Tensor, D: Optional[Tensor], backward_kernel: O
 
 def _rfft(x: Tensor, n: int) -> Tensor:
     """`torch.fft.rfft`, whose own gradient is a complex transform: a real one is half the work."""
-    return _RFFT.apply(x, n)  # type: ignore[no-any-return]
+    return torch.fft.rfft(x, n) if watched((x,)) else _RFFT.apply(x, n)  # type: ignore[no-any-return]
 
 
 class _RFFT(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, n: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
+        ctx.length, ctx.n = x.shape[-1], n
         return torch.fft.rfft(x, n)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        ctx.length, ctx.n = inputs[0].shape[-1], inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        doubled = torch.fft.irfft(gradient, ctx.n, norm="forward")[..., : ctx.length]
+        doubled = torch.fft.irfft(gradient, ctx.n, norm="forward").narrow(-1, 0, ctx.length)
         once = gradient[..., :1].real  # frequencies that have no conjugate: zero, and the highest of an even n
         if ctx.n % 2 == 0:
             once = once + gradient[..., -1:].real * (1 - 2 * (torch.arange(ctx.length, device=gradient.device) % 2))
