@@ -199,9 +199,7 @@ def _motion(count: int, steps: int, still: int, generator: torch.Generator, push
     return path[:, 1:], path.diff(dim=1)
 
 
-def _filtered(
-    reading: Tensor, still: int, push: float, slow: float, bias: float, walk: float, noise: float
-) -> Tensor:
+def _filtered(reading: Tensor, still: int, push: float, slow: float, bias: float, walk: float, noise: float) -> Tensor:
     """The velocity (n, l) that is expected after each reading (n, l) of a drifting sensor: its Kalman filter.
 
     All that is random is normal, so that no other estimate from these readings has a smaller mean squared error.
