@@ -204,13 +204,13 @@ def _filtered(reading: Tensor, still: int, push: float, slow: float, bias: float
 
     All that is random is normal, so that no other estimate from these readings has a smaller mean squared error.
     """
-    force, velocity = math.exp(-1 / push), math.exp(-1 / slow)
+    reading, force, velocity = reading.double(), math.exp(-1 / push), math.exp(-1 / slow)
     # The state: force, velocity, the velocity before, and bias.
-    move = reading.new_tensor([[force, 0, 0, 0], [force, velocity, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).double()
-    drive, seen, drift_of = reading.new_tensor([[1, 1, 0, 0], [0, 1, -1, 1], [0, 0, 0, 1]]).double()
-    state, spread = reading.new_zeros(len(reading), 4).double(), bias**2 * drift_of.diag()
+    move = reading.new_tensor([[force, 0, 0, 0], [force, velocity, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    drive, seen, drift_of = reading.new_tensor([[1, 1, 0, 0], [0, 1, -1, 1], [0, 0, 0, 1]])
+    state, spread = reading.new_zeros(len(reading), 4), bias**2 * drift_of.diag()
     found = []
-    for step, read in enumerate(reading.double().unbind(1)):
+    for step, read in enumerate(reading.unbind(1)):
         state = state @ move.mT
         spread = move @ spread @ move.mT + walk**2 * drift_of.diag() + (step >= still) * drive.outer(drive)
         gain = spread @ seen / (seen @ spread @ seen + noise**2).clamp(min=1e-30)
