@@ -290,7 +290,8 @@ class S4Conv(nn.Module):
         if from_state is not None:
             from_state = F.pad(from_state[:, : self.channels], (0, u.shape[-1] - length))
             y = y + (from_state if reset is None else from_state * (reset.cumsum(1) == 0)[:, None, None])
-        return self.drop(self.activation(self._join(y)))
+        # Channels last, as the map over channels reads it: gradients of mixed layouts are computed number by number.
+        return self.drop(self.activation(self._join(y).mT.contiguous().mT))
 
     def step(self, u: Tensor, state: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """One token (b, dim) after `state` (b, dim, s): the outputs (b, channels * dim) and the next state."""

@@ -61,7 +61,7 @@ def shortcut(
     """
     if requested == "exportable" or (_lowering > 0 and torch.compiler.is_exporting()):
         return composite(*args, "exportable")
-    if direct is None or _watched(args):
+    if direct is None or watched(args):
         return None
     backend = choose(operator, requested, args[0])
     return direct(backend, *args) if hasattr(backend, "direct") else None
@@ -70,7 +70,7 @@ def shortcut(
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float})  # types that take no part in a call
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
+def watched(args: tuple[Any, ...]) -> bool:
     """Whether a compiler, a trace, a transform, a mode or a subclass of Tensor looks into a call."""
     if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or has_torch_function(args):
         return True

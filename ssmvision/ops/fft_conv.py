@@ -1,11 +1,12 @@
 """`fft_conv`, the long convolution that a time-invariant state-space layer is when its kernel is known."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._backend import watched
 from ._library import cast, expect, expect_real
 
 
@@ -48,12 +49,36 @@ def _convolve(x: Tensor, kernel: Tensor, D: Optional[Tensor], backward_kernel: O
     kernel = kernel[..., :length]
     if backward_kernel is None:
         circle = length + kernel.shape[-1]
-        spectrum = torch.fft.rfft(kernel, circle)
+        spectrum = _rfft(kernel, circle)
     else:
         backward_kernel = backward_kernel[..., :length]
         circle = length + max(kernel.shape[-1], backward_kernel.shape[-1])
         before = F.pad(backward_kernel.flip(-1), (circle - backward_kernel.shape[-1], 0))
-        spectrum = torch.fft.rfft(F.pad(kernel, (0, circle - kernel.shape[-1])) + before)
+        spectrum = _rfft(F.pad(kernel, (0, circle - kernel.shape[-1])) + before, circle)
     if D is not None:  # a kernel of one step has the same value at all frequencies
         spectrum = spectrum + D.unsqueeze(-1)
-    return torch.fft.irfft(torch.fft.rfft(x, circle) * spectrum, circle)[..., :length]
+    return torch.fft.irfft(_rfft(x, circle) * spectrum, circle)[..., :length]
+
+
+def _rfft(x: Tensor, n: int) -> Tensor:
+    """`torch.fft.rfft`, whose own gradient is a complex transform: a real one is half the work."""
+    return torch.fft.rfft(x, n) if watched((x,)) else _RFFT.apply(x, n)  # type: ignore[no-any-return]
+
+
+class _RFFT(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
+        ctx.length, ctx.n = x.shape[-1], n
+        return torch.fft.rfft(x, n)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        doubled = torch.fft.irfft(gradient, ctx.n, norm="forward").narrow(-1, 0, ctx.length)
+        once = gradient[..., :1].real  # frequencies that have no conjugate: zero, and the highest of an even n
+        if ctx.n % 2 == 0:
+            once = once + gradient[..., -1:].real * (1 - 2 * (torch.arange(ctx.length, device=gradient.device) % 2))
+        return (doubled + once) / 2, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return torch.fft.rfft(tangent, ctx.n)

@@ -74,7 +74,7 @@ def test_a_config_gives_its_table(config, few_images, tmp_path, capsys):
 def test_the_networks_of_the_drift_config_are_of_one_size():
     recipe = yaml.safe_load((ROOT / "configs" / "sequence" / "drift.yaml").read_text())
     sizes = [
-        sum(p.numel() for p in sequences.build_network(1, 1, **{**recipe["net_args"], **row}).parameters())
+        sum(p.numel() for p in sequences.build_network(2, 1, **{**recipe["net_args"], **row}).parameters())
         for row in recipe["rows"].values()
     ]
     assert max(sizes) < 1.01 * min(sizes)
@@ -104,6 +104,25 @@ def test_without_errors_of_the_sensor_velocity_is_the_sum_of_accelerations():
     assert x[:, :50].abs().max() == 0
     integral = x.cumsum(1)[:, 9::10]
     torch.testing.assert_close(integral * (y[0, -1, 0] / integral[0, -1, 0]), y, rtol=1e-3, atol=1e-3)
+
+
+def test_no_estimate_is_better_than_the_best():
+    exact = sequences.drift(4, 20, steps=200, still=50, bias=0, walk=0, noise=0)
+    assert exact.best < 1e-6
+    task = sequences.drift(2, 200, steps=600, still=100, bias=1, walk=0, noise=0.1)
+    x, y = task.val
+    assert 0.008 < task.best < 0.013  # the filter's own covariance gives 0.0095
+    at_rest = x[:, :100].mean(1, keepdim=True)
+    speed = (x - at_rest).cumsum(1)[:, 9::10]
+    fitted = speed * (speed * y).sum() / speed.square().sum()
+    assert task.best < (fitted - y).square().mean()
+
+
+def test_differences_are_a_second_channel():
+    x, plain = (sequences.drift(2, 2, steps=40, still=10, differences=d).train[0] for d in (True, False))
+    assert torch.equal(x[..., :1], plain)
+    assert x[:, 0, 1].tolist() == [0, 0]
+    assert torch.equal(x[:, 1:, 1], plain[:, 1:, 0] - plain[:, :-1, 0])
 
 
 def test_at_rest_the_sensor_shows_its_bias():
@@ -206,7 +225,7 @@ def test_a_row_is_judged_at_its_best_learning_rate():
     [
         ({"epoch": 3}, "unknown key 'epoch'; the nearest one is 'epochs'"),
         ({"task": "words"}, "task is 'words', but must be one of pixels, drift"),
-        ({"task_args": {"length": 3}}, "it takes train, val, steps, chunk, still, bias, walk, noise, seed"),
+        ({"task_args": {"length": 3}}, "it takes train, val, steps, chunk, still, bias, walk, noise, push"),
         ({"task_args": {"steps": 55}}, "55 steps are not a multiple of the chunk of 10"),
         ({"task_args": {"still": 600}}, "A body that rests for 600 of 600 steps does not move."),
         ({"rows": {}}, "There is nothing to compare: give --rows."),

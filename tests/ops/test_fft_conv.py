@@ -52,10 +52,11 @@ def test_a_diagonal_recurrence_is_a_convolution():
     assert error(fft_conv(u, kernel), 2 * h.real.sum(-1).transpose(1, 2)) < 2e-6
 
 
+@pytest.mark.parametrize("length", [3, 4])  # transforms of an odd and an even number of steps
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_gradcheck(bidirectional):
-    inputs = [t.requires_grad_() for t in make(1, 2, 4, 4, (2,), bidirectional) if t is not None]
-    assert torch.autograd.gradcheck(fft_conv, inputs)
+def test_gradcheck(bidirectional, length):
+    inputs = [t.requires_grad_() for t in make(1, 2, 4, length, (2,), bidirectional) if t is not None]
+    assert torch.autograd.gradcheck(fft_conv, inputs, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(fft_conv, inputs)
 
 

@@ -31,11 +31,13 @@ class Task:
         val: Others, which networks are scored on.
         outputs: Channels that a network gives at each step.
         metric: Name of the score; the higher the better if it is "accuracy".
+        best: Score on `val` of the best estimate there is, where that is known.
     """
 
     train: Split
     val: Split
     outputs: int
+    best: float | None = None
     metric: ClassVar[str]
 
     def answer(self, output: Tensor, target: Tensor) -> Tensor:
@@ -140,13 +142,16 @@ def drift(
     bias: float = 1.0,
     walk: float = 0.001,
     noise: float = 0.2,
+    push: float = 10.0,
+    slow: float = 100.0,
+    differences: bool = False,
     seed: int = 0,
 ) -> Regression:
     """Velocity from an accelerometer that drifts: to integrate what it reads is wrong ever more.
 
-    A body rests, then it is pushed at random (for about 10 steps in one direction) and slowed by friction (in about 100
-    steps). The reading is its acceleration plus a bias, which walks at random, plus noise: the bias shows at rest and
-    must be remembered. The velocity is asked for at the end of each chunk.
+    A body rests, then it is pushed at random and slowed by friction. The reading is its acceleration plus a bias, which
+    walks at random, plus noise: the bias shows at rest and must be remembered. The velocity is asked for at the end of
+    each chunk.
 
     Args:
         train: Sequences to learn from.
@@ -157,6 +162,9 @@ def drift(
         bias: Standard deviation of the bias at the beginning; these three in standard deviations of the acceleration.
         walk: Of what it changes by in one step.
         noise: Of the noise.
+        push: Steps after which the force is another.
+        slow: Steps in which friction stops the body.
+        differences: Read the change since the step before, too, as HiSS was trained (arXiv:2402.10211).
         seed: Of the sequences.
     """
     if steps % chunk:
@@ -164,20 +172,23 @@ def drift(
     if not 0 <= still < steps:
         raise UserError(f"A body that rests for {still} of {steps} steps does not move.")
     generator = torch.Generator().manual_seed(seed)
-    velocity, acceleration = _motion(train + val, steps, still, generator)
+    velocity, acceleration = _motion(train + val, steps, still, generator, push, slow)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(train + val, *shape, generator=generator)
 
     error = bias * normal(1) + walk * normal(steps).cumsum(1) + noise * normal(steps)
-    x = (acceleration / acceleration[:, still:].std() + error)[..., None]
-    y = (velocity / velocity[:, still:].std())[:, chunk - 1 :: chunk, None]
-    return Regression((x[:train], y[:train]), (x[train:], y[train:]), 1)
+    unit, unit_of_velocity = acceleration[:, still:].std(), velocity[:, still:].std()
+    x = (acceleration / unit + error)[..., None]
+    estimate = _filtered(unit * x[train:, :, 0], still, push, slow, *(unit.item() * e for e in (bias, walk, noise)))
+    miss = ((estimate - velocity[train:]) / unit_of_velocity)[:, chunk - 1 :: chunk]
+    if differences:
+        x = torch.cat([x, F.pad(x.diff(dim=1), (0, 0, 1, 0))], -1)
+    y = (velocity / unit_of_velocity)[:, chunk - 1 :: chunk, None]
+    return Regression((x[:train], y[:train]), (x[train:], y[train:]), 1, miss.square().mean().item())
 
 
-def _motion(
-    count: int, steps: int, still: int, generator: torch.Generator, push: float = 10, slow: float = 100
-) -> Split:
+def _motion(count: int, steps: int, still: int, generator: torch.Generator, push: float, slow: float) -> Split:
     """Velocity and acceleration (n, l)."""
     force, velocity = torch.zeros(count), [torch.zeros(count)]
     for step in range(steps):
@@ -186,6 +197,27 @@ def _motion(
         velocity.append(math.exp(-1 / slow) * velocity[-1] + force)
     path = torch.stack(velocity, 1)
     return path[:, 1:], path.diff(dim=1)
+
+
+def _filtered(reading: Tensor, still: int, push: float, slow: float, bias: float, walk: float, noise: float) -> Tensor:
+    """The velocity (n, l) that is expected after each reading (n, l) of a drifting sensor: its Kalman filter.
+
+    All that is random is normal, so that no other estimate from these readings has a smaller mean squared error.
+    """
+    reading, force, velocity = reading.double(), math.exp(-1 / push), math.exp(-1 / slow)
+    # The state: force, velocity, the velocity before, and bias.
+    move = reading.new_tensor([[force, 0, 0, 0], [force, velocity, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    drive, seen, drift_of = reading.new_tensor([[1, 1, 0, 0], [0, 1, -1, 1], [0, 0, 0, 1]])
+    state, spread = reading.new_zeros(len(reading), 4), bias**2 * drift_of.diag()
+    found = []
+    for step, read in enumerate(reading.unbind(1)):
+        state = state @ move.mT
+        spread = move @ spread @ move.mT + walk**2 * drift_of.diag() + (step >= still) * drive.outer(drive)
+        gain = spread @ seen / (seen @ spread @ seen + noise**2).clamp(min=1e-30)
+        state = state + (read - state @ seen)[:, None] * gain
+        spread = spread - gain.outer(seen @ spread)
+        found.append(state[:, 1])
+    return torch.stack(found, 1)
 
 
 TASKS: dict[str, Any] = {"pixels": pixels, "drift": drift}
