@@ -206,13 +206,10 @@ def test_a_state_of_other_streams_is_named(name):
 
 
 class Pixels(ConvS5):
-    """ConvS5 with the interface of the others: frames are tokens of 8 channels at 2 x 2 pixels."""
-
-    def forward(self, x, reset=None):
-        return self.run(x, reset=reset)[0]
+    """ConvS5 with the tokens of the others: frames of 8 channels at 2 x 2 pixels."""
 
     def run(self, x, state=None, reset=None):
-        y, state = super().forward(x.unflatten(2, (8, 2, 2)), state, reset)
+        y, state = super().run(x.unflatten(2, (8, 2, 2)), state, reset)
         return y.flatten(2), state
 
     def step(self, x, state):
