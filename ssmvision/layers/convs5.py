@@ -52,8 +52,7 @@ class ResNetFeedthrough(nn.Module):
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         """Frames y and u (n, u, h, w) → the same; u does not matter."""
         inner = self.conv1(self.norm1(y))
-        outer = self.conv2(self.norm2(inner))
-        return _ACTIVATIONS[self.activation](outer.add_(y))  # in place: memory of that size costs as much as the sum
+        return _ACTIVATIONS[self.activation](y + self.conv2(self.norm2(inner)))
 
     def for_steps(self) -> dict[str, Any]:
         """What `convs5_step` takes to do the same."""

@@ -16,7 +16,7 @@ class FrameNorm(nn.GroupNorm):
         num_groups: Groups of channels.
         num_channels: Channels.
         activation: "none", "gelu" (its tanh form), "relu", "silu" or "elu".
-        **kwargs: Of nn.GroupNorm.
+        **kwargs: eps, device and dtype of nn.GroupNorm.
     """
 
     def __init__(self, num_groups: int, num_channels: int, activation: str = "none", **kwargs: Any) -> None:

@@ -72,8 +72,9 @@ class MambaStack(nn.Module):
     ) -> tuple[Tensor, S6States]:
         """As `forward`, after `state` (see `initial_state`); also returns the state after the last token."""
         after: S6States = []
-        for index, layer in enumerate(self.layers):
-            x, next_state = layer.run(x, None if state is None else state[index], reset)
+        before = [None] * len(self.layers) if state is None else state
+        for layer, own in zip(self.layers, before, strict=True):
+            x, next_state = layer.run(x, own, reset)
             after.append(next_state)
         return self.norm_f(x), after
 

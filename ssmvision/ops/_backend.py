@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from . import cpu, triton
@@ -73,6 +74,8 @@ _PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float})  # type
 def watched(args: tuple[Any, ...]) -> bool:
     """Whether a compiler, a trace, a transform, a mode or a subclass of Tensor looks into a call."""
     if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or has_torch_function(args):
+        return True
+    if getattr(forward_ad, "_current_level", -1) >= 0:  # tangents are carried along
         return True
     if peek_interpreter_stack is None or peek_interpreter_stack() is not None or _len_torch_dispatch_stack():
         return True

@@ -53,6 +53,8 @@ def convs5_step(
         ValueError: An activation that does not exist.
     """
     options = groups, eps, activation_code(activation)
+    if len(feedthrough) not in (0, 8):
+        raise RuntimeError(f"convs5_step: a feedthrough is eight tensors, not {len(feedthrough)}")
     real, number = (u, B, C, *feedthrough), (state, A)
     single = all(t.dtype == torch.float32 for t in real) and all(t.dtype == torch.complex64 for t in number)
     if single and u.is_cpu and u.dim() == 4:

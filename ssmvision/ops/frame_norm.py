@@ -42,7 +42,7 @@ def frame_norm(
     code = activation_code(activation)
     expect("frame_norm", "weight", weight, (x.shape[1],))
     expect("frame_norm", "bias", bias, (x.shape[1],))
-    if x.shape[1] % groups:
+    if groups < 1 or x.shape[1] % groups:
         raise RuntimeError(f"frame_norm: {x.shape[1]} channels do not split into {groups} groups")
     args = (x, weight, bias, groups, eps, code)
     if runs_natively(x, weight, bias):
@@ -89,7 +89,8 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
         x, weight, bias, *statistics = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the definition's gradient is itself differentiable
+        # The definition's gradient is itself differentiable (create_graph=True), and takes a batch of gradients.
+        if torch.is_grad_enabled() or _backend.watched((dy,)):
             vjp = torch.func.vjp(lambda *tensors: reference.definition(*tensors, *ctx.options), x, weight, bias)
             gradients = vjp[1](dy)
         else:

@@ -189,13 +189,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, dh: Tensor, dlast: Optional[Tensor]) -> Gradients:
-    arguments = (dh, dlast, *ctx.saved_tensors, ctx.reverse)
+    saved = ctx.saved_tensors  # once: checkpoints hand them out no more than that
+    arguments = (dh, dlast, *saved, ctx.reverse)
     if torch.is_grad_enabled():  # create_graph=True: the reference adjoint is itself differentiable
         with no_autocast(dh):
             da, dx, dinitial = reference.adjoint(*arguments)
     else:
         da, dx, dinitial = torch.ops.ssmvision.linear_scan_backward(*arguments, ctx.backend)
-    return da, dx, None if ctx.saved_tensors[2] is None else dinitial, None, None, None
+    return da, dx, None if saved[2] is None else dinitial, None, None, None
 
 
 _STATE = "Tensor? initial_state, Tensor? reset, bool reverse, str backend"

@@ -285,6 +285,30 @@ def test_activations_of_convs5_by_their_official_names(official, function):
     torch.testing.assert_close(y, function(linear))
 
 
+def test_nothing_is_proved_by_a_case_without_outputs(verify_edited):
+    for case in ("ssm_s4_block", "vim_midcls"):
+        result = verify_edited(case, tensors=lambda t: [t.pop(k) for k in [*t] if not k.startswith("input")])
+        assert not result.ok, str(result)
+
+
+def test_what_is_not_finite_hides_no_error():
+    meta = {"tolerance": {"rtol": 1e-6, "atol": 0.0}}
+    wanted = torch.tensor([[1.0, 0.0], [2.0, 3.0]], dtype=torch.float64)
+    assert compare("", {"output": wanted}, {"output": wanted}, meta).ok
+    assert not compare("", {"output": 5 * wanted}, {"output": wanted}, meta).ok
+    for odd in (torch.inf, torch.nan):
+        spoilt = wanted.clone()
+        spoilt[0, 1] = odd
+        assert not compare("", {"output": 5 * wanted}, {"output": spoilt}, meta).ok
+    assert not compare("", {"output": wanted}, {"output": torch.full_like(wanted, torch.nan)}, meta).ok
+
+
+def test_a_damaged_case_fails_in_one_line(verify_edited):
+    result = verify_edited("vim_midcls", tensors=lambda t: t.pop("input"))
+    assert not result.ok
+    assert "\n" not in str(result)
+
+
 def test_float32_tensors_are_known_to_their_rounding_alone():
     meta = {"tolerance": {"rtol": 1e-12, "atol": 1e-14}}
     exact = torch.tensor([1 / 3, 1e-3], dtype=torch.float64)

@@ -226,6 +226,8 @@ def test_a_row_is_judged_at_its_best_learning_rate():
         ({"epoch": 3}, "unknown key 'epoch'; the nearest one is 'epochs'"),
         ({"task": "words"}, "task is 'words', but must be one of pixels, drift"),
         ({"task_args": {"length": 3}}, "it takes train, val, steps, chunk, still, bias, walk, noise, push"),
+        ({"noise_every": 0}, "noise_every is 0, but must be at least 1"),
+        ({"task_args": {"push": 0}}, "push is 0, but must be positive"),
         ({"task_args": {"steps": 55}}, "55 steps are not a multiple of the chunk of 10"),
         ({"task_args": {"still": 600}}, "A body that rests for 600 of 600 steps does not move."),
         ({"rows": {}}, "There is nothing to compare: give --rows."),

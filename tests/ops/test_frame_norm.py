@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from ssmvision.ops import frame_norm
 from ssmvision.ops.cpu import frame_norm as backend
@@ -107,6 +108,27 @@ def test_transforms_and_compilers_see_torch(native):
     assert not native
     close(mapped, wanted)
     close(compiled, wanted)
+
+
+def test_forward_mode_and_batches_of_gradients():
+    x, weight, bias = arguments(2, 4, 2, 3)
+    tangent = torch.randn_like(x)
+    with torch.no_grad(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(frame_norm(forward_ad.make_dual(x, tangent), weight, bias, 2)).tangent
+    with forward_ad.dual_level():
+        y = F.group_norm(forward_ad.make_dual(x, tangent), 2, weight, bias)
+        close(found, forward_ad.unpack_dual(y).tangent, 1e-5)
+    x.requires_grad_()
+    upstream = torch.randn(3, *x.shape)
+    batched = torch.autograd.grad(frame_norm(x, weight, bias, 2), x, upstream, is_grads_batched=True)[0]
+    for found, dy in zip(batched, upstream, strict=True):
+        close(found, torch.autograd.grad(F.group_norm(x, 2, weight, bias), x, dy)[0], 1e-5)
+
+
+def test_sums_of_large_pictures_lose_nothing():
+    x, weight, bias = arguments(1, 8, 256, 256, mean=10.0)
+    exact = meaning(x.double(), weight.double(), bias.double(), 2, "none")
+    close(frame_norm(x, weight, bias, 2, 1e-6), exact, 4e-6)
 
 
 def test_mistakes_are_named():

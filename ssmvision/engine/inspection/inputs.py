@@ -34,7 +34,9 @@ def load_with_inputs(args: Namespace, limit: int | None = None) -> tuple[Any, Te
     """
     network = bool(args.model) and is_network(args.model)
     model, depth = _load_network(args) if network else (load_trained(args)[0].eval(), ())
-    if args.num_frames:
+    if args.num_frames is not None:
+        if args.num_frames < 1:
+            raise UserError(f"--num-frames is {args.num_frames}, but must be at least 1.")
         depth = (args.num_frames,)
     config = data_config(model, args)
     channels, *sides = config["input_size"]
@@ -45,8 +47,7 @@ def load_with_inputs(args: Namespace, limit: int | None = None) -> tuple[Any, Te
     else:
         x, config = read_images(find_images(args.inputs)[: depth[0] if depth else limit], model, args)
         x = _stacked(x, depth[0]) if depth else x
-    if network:
-        _try(model, x)
+    _try(model, x)
     return model, x, config
 
 
@@ -98,7 +99,7 @@ def _stacked(images: Tensor, depth: int) -> Tensor:
 
 @torch.no_grad()
 def _try(network: Any, x: Tensor) -> None:
-    """One pass more, for networks that refuse some sizes."""
+    """One pass more, for models that refuse some sizes."""
     try:
         network(x[:1])
     except (ValueError, RuntimeError) as error:

@@ -41,6 +41,9 @@ def compare(args: Namespace) -> list[Line]:
     Raises:
         UserError: A task or a row that cannot be built, or a folder that already holds results.
     """
+    for flag in ("epochs", "batch_size", "noise_every", "noise_count"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"{flag} is {getattr(args, flag)}, but must be at least 1.")
     task = _make_task(args.task, args.task_args)
     builders = _builders(args, task)
     if task.best is not None:

@@ -167,6 +167,9 @@ def drift(
         differences: Read the change since the step before, too, as HiSS was trained (arXiv:2402.10211).
         seed: Of the sequences.
     """
+    for name, value in (("train", train), ("val", val), ("chunk", chunk), ("push", push), ("slow", slow)):
+        if value <= 0:
+            raise UserError(f"{name} is {value:g}, but must be positive.")
     if steps % chunk:
         raise UserError(f"{steps} steps are not a multiple of the chunk of {chunk}.")
     if not 0 <= still < steps:

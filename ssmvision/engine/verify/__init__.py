@@ -13,9 +13,11 @@ Gradients of networks are those of the sum over outputs of output.pow(2).mean(),
 
 from pathlib import Path
 
-from ssmvision.engine.verify.case import read_case
+from ssmvision.data import UserError
+from ssmvision.engine.verify.case import Case, read_case
 from ssmvision.engine.verify.compare import Verification, compare
 from ssmvision.engine.verify.mamba_layers import CHECKS as MAMBA_LAYERS
+from ssmvision.engine.verify.modules import Check
 from ssmvision.engine.verify.networks import verify_network
 from ssmvision.engine.verify.operators import CHECKS as OPERATORS
 from ssmvision.engine.verify.s5 import CHECKS as S5
@@ -39,9 +41,15 @@ def verify_case(folder: Path) -> Verification:
         UserError: The folder is not a case, or its family is not one of ours.
     """
     case = read_case(folder)
-    if case.family not in CHECKS:
-        return verify_network(case)
-    check = CHECKS[case.family]
+    try:
+        return _verify_part(case, CHECKS[case.family]) if case.family in CHECKS else verify_network(case)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged case leads to, the cases after it are to be verified
+        return Verification(case.name, {}, f"cannot be compared: {type(error).__name__}: {error}".splitlines()[0])
+
+
+def _verify_part(case: Case, check: Check) -> Verification:
     try:
         found, wanted = check.compute(case)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -28,7 +28,7 @@ template <Activation ACT, int N>
     const vf linear = splat(ACT == Activation::gelu ? 1.59576912f : 1.f);
     const vf cubic = splat(ACT == Activation::gelu ? 0.0713548163f : 0.f);
     vf u[N], e[N];
-    for (int i = 0; i < N; ++i) u[i] = x[i] * (linear + cubic * x[i] * x[i]);
+    for (int i = 0; i < N; ++i) u[i] = ACT == Activation::silu ? x[i] : x[i] * (linear + cubic * x[i] * x[i]);
     exp_neg_abs<N>(e, u);
     for (int i = 0; i < N; ++i) {
       const vf gate = sigmoid(u[i], e[i]);
@@ -58,16 +58,21 @@ template <class Call>
   if (c < channels) call(c, int(channels - c));
 }
 
-// Sums over the pixels of a picture of N functions of a vector of channels, in several chains.
+// Sums over the pixels of a picture of N functions of a vector of channels: in several chains, and block by block, so that
+// no long sum swallows small terms.
 template <int N, class Function>
 [[gnu::always_inline]] inline void sum_pixels(vf* out, int64_t pixels, const Function& function) {
-  constexpr int CHAINS = 4;
-  vf sums[CHAINS][N] = {};
-  int64_t p = 0;
-  for (; p + CHAINS <= pixels; p += CHAINS)
-    for (int i = 0; i < CHAINS; ++i) function(p + i, sums[i]);
-  for (; p < pixels; ++p) function(p, sums[0]);
-  for (int j = 0; j < N; ++j) out[j] = (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]);
+  constexpr int CHAINS = 4, BLOCK = 64;
+  std::fill_n(out, N, vf{});
+  for (int64_t begin = 0; begin < pixels; begin += BLOCK) {
+    const int64_t end = std::min<int64_t>(pixels, begin + BLOCK);
+    vf sums[CHAINS][N] = {};
+    int64_t p = begin;
+    for (; p + CHAINS <= end; p += CHAINS)
+      for (int i = 0; i < CHAINS; ++i) function(p + i, sums[i]);
+    for (; p < end; ++p) function(p, sums[0]);
+    for (int j = 0; j < N; ++j) out[j] += (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]);
+  }
 }
 
 // The mean over the channels of each group, put in the place of each of them.

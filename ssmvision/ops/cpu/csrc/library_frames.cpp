@@ -98,6 +98,7 @@ void next(FrameConv& s, const char* name, const Tensor& weight, int64_t out_chan
   s.kernel_height = weight.size(0);
   s.kernel_width = weight.size(1);
   expect(name, weight, {s.kernel_height, s.kernel_width, s.channels, s.out_channels});
+  if (weight.numel() == 0) throw std::runtime_error(std::string("convs5_step: ") + name + " holds nothing");
   s.weight = floats(weight);
   s.bias = s.plus = nullptr;
   s.norm.weight = nullptr;
@@ -111,6 +112,7 @@ std::tuple<Tensor, Tensor> call_convs5_step(
     Optional conv2_bias, int64_t groups, double eps, int64_t activation) {
   const int64_t n = u.size(0), dim = u.size(1), h = u.size(2), w = u.size(3), p = A.size(0);
   expect("state", state, {n, p, h, w});
+  expect("A", A, {p});
   Tensor x = allocate_frames(n, p, h, w, aoti_torch_dtype_complex64()), y = allocate_frames(n, dim, h, w);
   decay_states(floats(state), floats(A), n * h * w, p, floats(x));
   std::vector<float> room;
