@@ -89,8 +89,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
         x, weight, bias, *statistics = ctx.saved_tensors
-        # The definition's gradient is itself differentiable (create_graph=True), and takes a batch of gradients.
-        if torch.is_grad_enabled() or _backend.watched((dy,)):
+        if torch.is_grad_enabled():  # create_graph=True: the definition's gradient is itself differentiable
             vjp = torch.func.vjp(lambda *tensors: reference.definition(*tensors, *ctx.options), x, weight, bias)
             gradients = vjp[1](dy)
         else:
