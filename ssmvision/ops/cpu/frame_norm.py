@@ -20,7 +20,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight and bias."""
     weight, bias = contiguous(weight, bias)
+    dy = dy.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # `channels_last`, also of a batch of gradients
     dx, dweight, dbias = torch.ops.ssmvision_cpu.frame_norm_backward(
-        channels_last(dy), channels_last(x), weight, bias, mean, inverse, groups, activation
+        dy, channels_last(x), weight, bias, mean, inverse, groups, activation
     )
     return dx, dweight.sum(0), dbias.sum(0)
