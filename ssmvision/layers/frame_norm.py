@@ -1,12 +1,13 @@
-"""Group normalization and activation of many small pictures."""
+"""Normalization of many small pictures."""
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmvision.ops import frame_norm
 
-__all__ = ["FrameNorm"]
+__all__ = ["FrameLayerNorm", "FrameNorm"]
 
 
 class FrameNorm(nn.GroupNorm):
@@ -26,3 +27,12 @@ class FrameNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) → the same."""
         return frame_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.activation)
+
+
+class FrameLayerNorm(nn.LayerNorm):
+    """Normalization of each pixel's channels, as timm's LayerNorm2d: a frame of a stream feels every check of that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) → the same."""
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return y.permute(0, 3, 1, 2)

@@ -13,13 +13,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ssmvision.layers import ConvLSTM, ConvS5
 from ssmvision.layers.causal_transformer import CausalTransformer
 from ssmvision.layers.convs5 import per_frame
 from ssmvision.layers.frame_codec import GROUPS, FrameDecoder, FrameEncoder
+from ssmvision.layers.frame_norm import FrameLayerNorm
 from ssmvision.models._networks import NetworkCfg, register_network
 from ssmvision.models._official import rename
 
@@ -52,7 +52,7 @@ class SequenceLayer(nn.Module):
         super().__init__()
         self.prenorm, self.per_layer_skip = prenorm, per_layer_skip
         self.mixer = mixer
-        self.norm = LayerNorm2d(dim, eps=1e-6) if use_norm else nn.Identity()
+        self.norm = FrameLayerNorm(dim, eps=1e-6) if use_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, u: Tensor, state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
