@@ -63,9 +63,8 @@ class HierarchicalTemporalMamba(nn.Module):
         u, z = self.in_proj(self.norm(x)).transpose(1, 2).chunk(2, dim=1)
         outputs: list[Tensor] = []
         after: S6States = []
-        before = [None] * len(self.branches) if state is None else state
-        for branch, own in zip(self.branches, before, strict=True):
-            y, last = branch.mix_run(u, None, own, reset)
+        for index, branch in enumerate(self.branches):
+            y, last = branch.mix_run(u, None, None if state is None else state[index], reset)
             outputs.append(y)
             after.append(last)
         y = torch.stack(outputs).sum(0)
