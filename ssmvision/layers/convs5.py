@@ -15,17 +15,13 @@ from ssmvision.layers._optimizer_options import undecayed
 from ssmvision.layers.frame_norm import FrameNorm
 from ssmvision.layers.hippo import init_log_dt_, nplr
 from ssmvision.ops import convs5_step, frame_conv_weight, linear_scan
+from ssmvision.ops.frame_norm import FUNCTIONS
 
 __all__ = ["ConvS5", "per_frame"]
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "elu": F.elu,
-}
+_ACTIVATIONS = {name: function for name, function in FUNCTIONS.items() if name != "none"}
 
 
 def per_frame(function: Callable[..., Tensor], *videos: Tensor) -> Tensor:

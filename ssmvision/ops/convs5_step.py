@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from .frame_norm import activation_code
+from .frame_norm import activation_code, runs_natively
 from .reference import convs5_step as reference
 
 __all__ = ["convs5_step", "frame_conv_weight"]
@@ -55,9 +55,7 @@ def convs5_step(
     options = groups, eps, activation_code(activation)
     if len(feedthrough) not in (0, 8):
         raise RuntimeError(f"convs5_step: a feedthrough is eight tensors, not {len(feedthrough)}")
-    real, number = (u, B, C, *feedthrough), (state, A)
-    single = all(t.dtype == torch.float32 for t in real) and all(t.dtype == torch.complex64 for t in number)
-    if single and u.is_cpu and u.dim() == 4:
+    if runs_natively(u, B, C, *feedthrough) and state.dtype == A.dtype == torch.complex64:
         tensors = (u, state, A, B, C, *(feedthrough or (None,) * 8))
         found = _backend.shortcut("convs5_step", _composite, _direct, "auto", *tensors, *options)
         if found is not None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from . import _backend
 from ._library import expect
 from .reference import frame_norm as reference
-from .reference.frame_norm import ACTIVATIONS
+from .reference.frame_norm import ACTIVATIONS, FUNCTIONS
 
-__all__ = ["ACTIVATIONS", "frame_norm"]
+__all__ = ["ACTIVATIONS", "FUNCTIONS", "frame_norm"]
 
 
 def frame_norm(
@@ -59,9 +59,9 @@ def activation_code(name: str) -> int:
     return ACTIVATIONS.index(name)
 
 
-def runs_natively(x: Tensor, *parameters: Optional[Tensor]) -> bool:
-    """Whether these are what the CPU's kernels take; on other devices torch's own are fast."""
-    return x.is_cpu and x.dim() == 4 and all(t is None or t.dtype == torch.float32 for t in (x, *parameters))
+def runs_natively(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether pictures and parameters are what the CPU's kernels take; on other devices torch's own are fast."""
+    return x.is_cpu and x.dim() == 4 and all(t.dtype == torch.float32 for t in (x, *parameters))
 
 
 def _composite(*args: Any) -> Tensor:

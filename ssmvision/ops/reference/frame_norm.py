@@ -1,19 +1,20 @@
 """What `frame_norm` means, in torch's own operators."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
 # Numbered as in cpu/csrc/kernels.h.
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": partial(F.gelu, approximate="tanh"),  # layers keep it, and are pickled
     "relu": F.relu,
     "silu": F.silu,
     "elu": F.elu,
 }
-ACTIVATIONS = tuple(_FUNCTIONS)
+ACTIVATIONS = tuple(FUNCTIONS)
 
 
 def definition(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: int) -> Tensor:
@@ -23,4 +24,4 @@ def definition(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
 
 def activate(x: Tensor, activation: int) -> Tensor:
     """An activation by its number."""
-    return _FUNCTIONS[ACTIVATIONS[activation]](x)
+    return FUNCTIONS[ACTIVATIONS[activation]](x)

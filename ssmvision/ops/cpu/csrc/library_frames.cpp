@@ -6,11 +6,7 @@ namespace {
 
 // An uninitialized tensor of pictures (n, c, h, w), channels-last in memory.
 Tensor allocate_frames(int64_t n, int64_t c, int64_t h, int64_t w, int32_t type = aoti_torch_dtype_float32()) {
-  const int64_t size[] = {n, c, h, w}, stride[] = {h * w * c, 1, w * c, c};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, size, stride, type, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return allocate_strided({n, c, h, w}, {h * w * c, 1, w * c, c}, type);
 }
 
 void describe(FrameNorm& s, const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,

@@ -65,6 +65,13 @@ inline View view(const Axes& x) {
 // (b, k, g, n, l)
 inline GroupedView grouped(const Axes& x) { return {view(x), x.stride[3], x.size[2]}; }
 
+inline Tensor allocate_strided(const std::vector<int64_t>& size, const std::vector<int64_t>& stride, int32_t type) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(), type,
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // Uninitialized floats; with `swap`, the last dimension but one is the one whose elements are adjacent.
 inline Tensor allocate(std::vector<int64_t> size, bool swap = false) {
   std::vector<int64_t> stride(size.size(), 1);
@@ -73,10 +80,7 @@ inline Tensor allocate(std::vector<int64_t> size, bool swap = false) {
     stride[size.size() - 2] = 1;
     stride.back() = size[size.size() - 2];
   }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(),
-      aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return allocate_strided(size, stride, aoti_torch_dtype_float32());
 }
 
 // Into how many channel slices a sample is cut so that every thread has work.
